@@ -544,12 +544,13 @@ def test_poor_surroundings(tmp_path):
 
 
 def test_many_images(copied):
-    """1,500 images take little more memory than 500: no more than the images themselves."""
+    """3,000 images take little more memory than 1,500: both are drawn 500 at a time."""
     peaks = []
-    for n in (500, 1500):
+    for n in (1500, 3000):
         argv = ["--no-train", "--n-samples", n, "--sample-steps", 1]
         peaks.append(int(Run(copied, *argv).succeeds().text("peak")) / 1024)
-    assert peaks[1] - peaks[0] < 40, peaks
+    # All at once, the second run would need about 200 MB more.
+    assert peaks[1] - peaks[0] < 80, peaks
 
 
 def test_progress_is_shown(copied):
