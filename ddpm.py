@@ -22,6 +22,7 @@ import argparse
 import ast
 import contextlib
 import copy
+import datetime
 import gzip
 import hashlib
 import io
@@ -41,9 +42,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from einops.layers.torch import Rearrange
-from torch import nn
+from torch import distributed, nn
 from torch.nn import functional as F
-from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
+from torch.nn.parallel import DistributedDataParallel
 from torchvision.datasets import MNIST, FashionMNIST
 from tqdm.auto import tqdm
 
@@ -185,6 +186,75 @@ def load(path, device=None):
         raise BadInput(f"{path} holds code, which is not run: delete it and train again") from None
 
 
+# %% Devices: one is enough; torchrun starts a process for each of several
+def find_device():
+    """-> the device to compute on: a GPU of this process (CUDA, Apple's MPS, ...), or the CPU."""
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    if device.type == "cuda":
+        index = int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count()
+        device = torch.device("cuda", index)
+        torch.cuda.set_device(device)
+    return device
+
+
+def fast_precision(device):
+    """-> autocast to bf16 where the hardware multiplies it faster than fp32, or a disabled one."""
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        features = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+        fast = features.get("amx_bf16", False) or features.get("avx512_bf16", False)
+    return torch.autocast(device.type, torch.bfloat16, enabled=fast)
+
+
+@contextlib.contextmanager
+def all_processes(device, batch_size):
+    """Joins the processes that torchrun started, if any; only the first prints and writes.
+
+    Raises BadInput if they can't share a batch or do not find each other, OSError if one is lost.
+    """
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if batch_size % world_size:
+        raise BadInput(f"batch_size must be a multiple of the {world_size} processes")
+    if world_size == 1:
+        yield
+        return
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    try:
+        distributed.init_process_group(backend, timeout=datetime.timedelta(minutes=2))
+    except (ValueError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise BadInput(f"the other processes were not found ({reason}): use torchrun") from None
+    with contextlib.ExitStack() as silence:
+        if share()[0]:
+            nowhere = silence.enter_context(open(os.devnull, "w"))
+            silence.enter_context(contextlib.redirect_stdout(nowhere))
+            silence.enter_context(contextlib.redirect_stderr(nowhere))
+        try:
+            yield
+        except RuntimeError as error:
+            raise OSError(f"another process was lost: {str(error).splitlines()[0]}") from None
+        finally:
+            distributed.destroy_process_group()
+
+
+def share():
+    """-> (rank, number of processes): of n items, this process computes rank, rank + number, ..."""
+    alone = not distributed.is_initialized()
+    return (0, 1) if alone else (distributed.get_rank(), distributed.get_world_size())
+
+
+def in_shares(function, *tensors):
+    """-> function(*tensors), shaped like the first of them, each process computing its share."""
+    rank, world_size = share()
+    if world_size == 1:
+        return function(*tensors)
+    result = torch.zeros_like(tensors[0])
+    result[rank::world_size] = function(*(x[rank::world_size] for x in tensors))
+    distributed.all_reduce(result)
+    return result
+
+
 # %% Data: all images are one tensor, a batch is one indexing operation
 def load_images(fashion=False, train=True, data_dir=data_dir, device=None):
     """-> uint8 tensor (60000 or, with train=False, 10000; 28; 28) on `device`.
@@ -208,17 +278,23 @@ def load_images(fashion=False, train=True, data_dir=data_dir, device=None):
     return torch.from_numpy(pixels.reshape(-1, 28, 28).copy()).to(device)
 
 
-def make_loader(images, batch_size=batch_size):
-    """uint8 images (n, h, w) -> shuffling DataLoader of [x0]: (batch, 1, h, w) in [-1, 1].
+class Batches:
+    """Shuffles the images anew each time it is iterated: all of a batch is one indexing operation.
 
-    The sampler hands over all indices of a batch at once: no Python loop over images.
+    `images` is uint8 (n, h, w); each batch is [x0], (batch_size, 1, h, w) in [-1, 1], on the same
+    device; the last one may be smaller.
     """
 
-    def scale(batch):
-        return [batch[0].unsqueeze(1).float() / 127.5 - 1]
+    def __init__(self, images, batch_size=batch_size):
+        self.dataset, self.batch_size = images, batch_size
 
-    sampler = BatchSampler(RandomSampler(images), batch_size, drop_last=False)
-    return DataLoader(TensorDataset(images), sampler=sampler, batch_size=None, collate_fn=scale)
+    def __len__(self):
+        return math.ceil(len(self.dataset) / self.batch_size)
+
+    def __iter__(self):
+        order = torch.randperm(len(self.dataset), device=self.dataset.device)
+        for indices in order.split(self.batch_size):
+            yield [self.dataset[indices].unsqueeze(1).float() / 127.5 - 1]
 
 
 # %% Diffusion: an image is drowned in noise, step by step
@@ -291,21 +367,14 @@ def sinusoidal_embedding(n, d):
     return embedding
 
 
-def fast_precision(device):
-    """-> autocast to bf16 where the hardware multiplies it faster than fp32, or a disabled one."""
-    if device.type == "cuda":
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        features = torch.cpu.get_capabilities()
-        fast = features.get("amx_bf16", False) or features.get("avx512_bf16", False)
-    return torch.autocast(device.type, torch.bfloat16, enabled=fast)
+class Conv(nn.Conv2d):
+    """A 3 x 3 convolution of (n, h, w, c). Channels come last everywhere, so no copies are made."""
 
-
-class PixelNorm(nn.LayerNorm):
-    """LayerNorm over the channels of each pixel: no copy is made, as they come last in memory."""
+    def __init__(self, c_in, c_out):
+        super().__init__(c_in, c_out, 3, padding=1)
 
     def forward(self, x):
-        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
 class Block(nn.Module):
@@ -313,15 +382,15 @@ class Block(nn.Module):
 
     def __init__(self, channels, time_emb_dim):
         super().__init__()
-        self.norm = PixelNorm(channels)
-        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.norm = nn.LayerNorm(channels)
+        self.conv1 = Conv(channels, channels)
         self.step = nn.Linear(time_emb_dim, channels)
-        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv2 = Conv(channels, channels)
         nn.init.zeros_(self.conv2.weight)  # every block starts as the identity
         nn.init.zeros_(self.conv2.bias)
 
     def forward(self, x, e):
-        h = self.conv1(self.norm(x)) + self.step(e)[:, :, None, None]
+        h = self.conv1(self.norm(x)) + self.step(e)[:, None, None]
         return x + self.conv2(F.silu(h))
 
 
@@ -329,15 +398,23 @@ class MyUNet(nn.Module):
     """UNet [4] that is told the step t by a sinusoidal embedding [5].
 
     It works at full, half and quarter resolution with ever more channels. The coarse levels are
-    cheap and decide the shape of a digit, so most blocks are there. On the way up, each resolution
-    adds the features that the way down left there. `settings` rebuilds the network; `betas` are
-    min_beta and max_beta of the schedule, which the guess of v needs.
+    cheap and decide the shape of a digit, so the blocks are there; at full resolution even a norm
+    would cost more than a convolution. On the way up, each resolution adds the features that the
+    way down left there. `settings` rebuilds the network; `betas` are min_beta and max_beta of the
+    schedule, which the guess of v needs.
     """
 
-    def __init__(self, n_steps=1000, time_emb_dim=128, channels=(16, 32, 64), betas=(1e-4, 0.02)):
+    def __init__(
+        self,
+        n_steps=1000,
+        time_emb_dim=128,
+        channels=(16, 32, 64),
+        n_middle=4,
+        betas=(1e-4, 0.02),
+    ):
         super().__init__()
-        self.settings = {"n_steps": n_steps, "time_emb_dim": time_emb_dim}
-        self.settings |= {"channels": channels, "betas": betas}
+        self.settings = {"n_steps": n_steps, "time_emb_dim": time_emb_dim, "channels": channels}
+        self.settings |= {"n_middle": n_middle, "betas": betas}
         alpha_bars = linear_schedule(n_steps, *betas)[2]
         mix = torch.stack([(1 - alpha_bars).sqrt(), alpha_bars.sqrt()], 1).float()
         self.register_buffer("mix", mix, persistent=False)
@@ -345,19 +422,19 @@ class MyUNet(nn.Module):
         e = time_emb_dim
         self.register_buffer("embedding", sinusoidal_embedding(n_steps, e), persistent=False)
         self.time = nn.Sequential(nn.Linear(e, e), nn.SiLU(), nn.Linear(e, e), nn.SiLU())
-        # Folding turns each 2 x 2 square of pixels into channels; a 1 x 1 convolution mixes them.
-        fold = Rearrange("n c (h i) (w j) -> n (i j c) h w", i=2, j=2)
-        unfold = Rearrange("n (i j c) h w -> n c (h i) (w j)", i=2, j=2)
-        self.enter = nn.Conv2d(1, full, 3, padding=1)
-        self.down1 = nn.Sequential(fold, nn.Conv2d(4 * full, half, 1))
+        # Folding turns each 2 x 2 square of pixels into channels, which a linear layer mixes.
+        fold = Rearrange("n (h i) (w j) c -> n h w (i j c)", i=2, j=2)
+        unfold = Rearrange("n h w (i j c) -> n (h i) (w j) c", i=2, j=2)
+        self.enter = Conv(1, full)
+        self.down1 = nn.Sequential(fold, nn.Linear(4 * full, half))
         self.half_down = Block(half, e)
-        self.down2 = nn.Sequential(fold, nn.Conv2d(4 * half, quarter, 1))
-        self.middle = nn.ModuleList([Block(quarter, e), Block(quarter, e)])
-        self.up2 = nn.Sequential(nn.Conv2d(quarter, 4 * half, 1), unfold)
+        self.down2 = nn.Sequential(fold, nn.Linear(4 * half, quarter))
+        self.middle = nn.ModuleList(Block(quarter, e) for _ in range(n_middle))
+        self.up2 = nn.Sequential(nn.Linear(quarter, 4 * half), unfold)
         self.half_up = Block(half, e)
-        self.up1 = nn.Sequential(nn.Conv2d(half, 4 * full, 1), unfold)
-        self.full_up = Block(full, e)
-        self.leave = nn.Sequential(PixelNorm(full), nn.SiLU(), nn.Conv2d(full, 1, 3, padding=1))
+        self.up1 = nn.Sequential(nn.Linear(half, 4 * full), unfold)
+        silu = nn.SiLU()
+        self.leave = nn.Sequential(silu, Conv(full, full), silu, Conv(full, 1))
         nn.init.zeros_(self.leave[-1].weight)
         self.to(memory_format=torch.channels_last)
 
@@ -365,14 +442,13 @@ class MyUNet(nn.Module):
         """x (n, 1, h, w), h and w multiples of 4, t (n,) or (n, 1) -> eta_theta, shaped like x."""
         with fast_precision(x.device):
             e = self.time(self.embedding[t.flatten()])
-            full = self.enter(x.contiguous(memory_format=torch.channels_last))
+            full = self.enter(x.permute(0, 2, 3, 1))
             half = self.half_down(self.down1(full), e)
             quarter = self.down2(half)
             for block in self.middle:
                 quarter = block(quarter, e)
             half = self.half_up(half + self.up2(quarter), e)
-            full = self.full_up(full + self.up1(half), e)
-            v = self.leave(full)
+            v = self.leave(full + self.up1(half)).permute(0, 3, 1, 2)
         # Late steps are nearly all noise: there x itself is the guess, and v only corrects it [8].
         of_x, of_v = self.mix[t.flatten()][:, :, None, None, None].unbind(1)
         return of_x * x + of_v * v.float()
@@ -380,11 +456,11 @@ class MyUNet(nn.Module):
 
 # %% Training: guess the noise
 class Muon(torch.optim.Optimizer):
-    """Muon [6] for the convolutions, at the learning rate lr; Adam [7] for the rest, at lr / 10.
+    """Muon [6] for matrices, at the learning rate lr; Adam [7] for the rest, at lr / 10.
 
-    A convolution's momentum, as a matrix (out, in * h * w), is replaced by roughly the nearest one
-    with orthonormal rows or columns: weak directions are learned as fast as strong ones. The first
-    and the last convolution, of one channel, are left to Adam.
+    A matrix's momentum is replaced by roughly the nearest one with orthonormal rows or columns:
+    weak directions are learned as fast as strong ones. A convolution is the matrix
+    (out, in * h * w); the first and the last one, of one channel, are left to Adam.
     """
 
     def __init__(self, params, lr=0.02):
@@ -393,32 +469,43 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
+            matrices = {}
             for p in (p for p in group["params"] if p.grad is not None):
                 state = self.state[p]
                 if not state:
                     state |= {"step": 0, "mean": torch.zeros_like(p), "square": torch.zeros_like(p)}
                 state["step"] += 1
                 mean, square = state["mean"], state["square"]
-                if p.ndim == 4 and min(p.shape[:2]) > 1:
+                if p.ndim > 1 and min(p.shape[:2]) > 1:
                     mean.lerp_(p.grad, 0.05)
-                    update = orthogonalize(p.grad.lerp(mean, 0.95).flatten(1)).view_as(p)
-                    scale = max(1, len(p) / p[0].numel()) ** 0.5
-                    p.sub_(update, alpha=group["lr"] * scale)
+                    update = p.grad.lerp(mean, 0.95).flatten(1)
+                    matrices.setdefault(update.shape, []).append((p, update))
                 else:
                     mean.lerp_(p.grad, 0.1)
                     square.lerp_(p.grad.square(), 0.01)
                     root = (square / (1 - 0.99 ** state["step"])).sqrt() + 1e-8
                     p.addcdiv_(mean, root, value=-group["lr"] / 10 / (1 - 0.9 ** state["step"]))
+            for (rows, columns), same in matrices.items():
+                updates = orthogonalize(torch.stack([update for _, update in same]))
+                scale = max(1, rows / columns) ** 0.5
+                for (p, _), update in zip(same, updates, strict=True):
+                    p.sub_(update.view_as(p), alpha=group["lr"] * scale)
 
 
-def orthogonalize(matrix):
-    """(m, n) -> bf16 (m, n): all singular values become about 1, by five Newton-Schulz steps [6]."""
-    wide = matrix.bfloat16() if matrix.shape[0] <= matrix.shape[1] else matrix.bfloat16().T
-    wide = wide / (wide.norm() + 1e-7)
+def orthogonalize(matrices):
+    """(k, m, n) -> (k, m, n): all singular values become about 1, by five Newton-Schulz steps [6].
+
+    Each step multiplies by a polynomial of X X^T. These small square matrices are all it works on.
+    """
+    wide = matrices if matrices.shape[1] <= matrices.shape[2] else matrices.mT
+    wide = wide / (wide.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    square = wide @ wide.mT
+    one = product = torch.eye(square.shape[1], device=square.device)
     for _ in range(5):
-        square = wide @ wide.T
-        wide = 3.4445 * wide + (2.0315 * square @ square - 4.775 * square) @ wide
-    return wide if matrix.shape[0] <= matrix.shape[1] else wide.T
+        factor = 3.4445 * one + (2.0315 * square - 4.775 * one) @ square
+        product, square = factor @ product, square @ factor @ factor
+    wide = product @ wide
+    return wide if matrices.shape[1] <= matrices.shape[2] else wide.mT
 
 
 def training_loop(
@@ -437,10 +524,10 @@ def training_loop(
     state_path = store_path.with_name(f"{store_path.stem}_state.pt")
     ddpm.to(device or ddpm.device).train()
     averaged = copy.deepcopy(ddpm).requires_grad_(False).eval()
+    first, losses = share()[0] == 0, []
     if flags.get("resume"):
         losses = restore(state_path, ddpm, averaged, optim, n_epochs, kept)
-    else:
-        losses = []
+    elif first:
         state_path.unlink(missing_ok=True)  # or a later resume might go on with an old training
     total = n_epochs * len(loader)
     # The learning rate: up to its peak in 200 steps, then straight down to 0.
@@ -449,18 +536,20 @@ def training_loop(
         lambda step: min((step + 1) / 200, 1) * max(1 - step / total, 0),
         last_epoch=len(losses) * len(loader) - 1,
     )
+    network = ddpm.network
+    if distributed.is_initialized():
+        network = DistributedDataParallel(network, forward_sync_buffers=False)
     for epoch in tqdm(range(len(losses), n_epochs), "Training", disable=None):
         # Randomness depends on seed and epoch alone: a resumed run equals an unbroken one.
         torch.manual_seed(1_000_003 * flags.get("SEED", SEED) + epoch)
         start = time.perf_counter()
-        losses.append(train_epoch(ddpm, averaged, loader, optim, schedule, epoch))
+        losses.append(train_epoch(ddpm, network, averaged, loader, optim, schedule, epoch))
         seconds = time.perf_counter() - start
-        model = {"weights": averaged.state_dict(), "network": getattr(ddpm.network, "settings", 0)}
-        model |= {"n_steps": ddpm.n_steps, "image_chw": ddpm.image_chw}
-        model |= {"flags": kept, "losses": losses}
-        save(model, store_path)
-        state = {"current": ddpm.state_dict(), "averaged": model["weights"]}
-        save(state | {"optim": optim.state_dict(), "flags": kept, "losses": losses}, state_path)
+        if first:
+            info = {"flags": kept, "losses": losses}
+            save(describe(averaged) | info, store_path)
+            state = {"current": ddpm.state_dict(), "averaged": averaged.state_dict()}
+            save(state | {"optim": optim.state_dict()} | info, state_path)
         speed = f"{seconds:.0f} s, {len(loader.dataset) / seconds:.0f} images/s"
         tqdm.write(f"Loss at epoch {epoch + 1}: {losses[-1]:.4f} ({speed}, stored in {store_path})")
         sys.stdout.flush()
@@ -472,44 +561,60 @@ def training_loop(
     return losses
 
 
-def train_epoch(ddpm, averaged, loader, optim, schedule, epoch):
-    """One pass over the data: updates `ddpm` and its moving average. -> mean loss."""
-    device = ddpm.device
-    losses, sizes = torch.zeros(2, len(loader), device=device)
+def train_epoch(ddpm, network, averaged, loader, optim, schedule, epoch):
+    """One pass over the data: updates `ddpm` and its moving average. -> mean error of the noise.
+
+    `network` is that of `ddpm`, or wraps it to average its gradients over all processes.
+    """
+    losses, norms, sizes = torch.zeros(3, len(loader), device=ddpm.device)
     kind = {"desc": f"Epoch {epoch + 1}", "unit": " images", "leave": False, "disable": None}
     bar = tqdm(total=len(loader.dataset), **kind)
     for i, batch in enumerate(loader):
-        x0 = batch[0].to(device)
-        n = len(x0)
-        # One t from each of n equal parts of the range: a less noisy loss than n free draws.
-        spread = torch.arange(n, device=device) + torch.rand(n, device=device)
-        t = (spread / n * ddpm.n_steps).long().clamp(max=ddpm.n_steps - 1)
-        eta = torch.randn_like(x0)
-        eta_theta = ddpm.backward(ddpm(x0, t, eta), t)
-        errors = (eta_theta - eta).square().mean((1, 2, 3))
-        # Late steps decide the shape of an image but are the easy ones: they count for more.
-        loss = (errors * ddpm.alpha_bars[t] ** -0.5).mean()
+        x0 = batch[0].to(ddpm.device)
+        loss, losses[i] = guess_the_noise(ddpm, network, x0)
         optim.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(ddpm.parameters(), 1.0)
+        norms[i] = nn.utils.clip_grad_norm_(ddpm.parameters(), 1.0)
         optim.step()
         schedule.step()
         move_average(averaged, ddpm, epoch * len(loader) + i)
-        losses[i], sizes[i] = errors.detach().mean(), n
-        bar.update(n)
-        # Reading a loss waits for the device: a GPU is asked only once an epoch.
+        sizes[i] = len(x0)
+        bar.update(len(x0))
+        # Reading a number waits for the device: a GPU is asked only once an epoch.
         last = i + 1 == len(loader)
-        if device.type == "cpu" or last:
-            bad = losses[: i + 1].isfinite().logical_not().nonzero().flatten().tolist()
+        if ddpm.device.type == "cpu" or last:
+            good = norms[: i + 1].isfinite()
             # The last step may have spoiled the weights: they are tried before they are stored.
-            if last and not F.mse_loss(averaged.backward(ddpm(x0, t, eta), t), eta).isfinite():
-                bad.append(i)
-            if bad:
-                text = f"the loss is not finite in epoch {epoch + 1}, step {bad[0] + 1}"
+            if last:
+                good[i] &= (
+                    averaged.backward(x0, torch.zeros_like(x0[:, 0, 0, 0]).long()).isfinite().all()
+                )
+            if not good.all():
+                text = f"the loss is not finite in epoch {epoch + 1}, step {good.tolist().index(0) + 1}"
                 raise FloatingPointError(f"{text}: try a lower lr (the last good weights are kept)")
             bar.set_postfix(loss=f"{losses[i].item():.4f}", refresh=False)
     bar.close()
+    if distributed.is_initialized():
+        distributed.all_reduce(losses)
+        losses /= distributed.get_world_size()
     return (losses @ sizes / sizes.sum()).item()
+
+
+def guess_the_noise(ddpm, network, x0):
+    """Noises a batch x0 (n, c, h, w). -> the loss of the guess, to learn from, and its mean error.
+
+    All processes draw the same steps and noise, and each guesses its share: the averages of their
+    losses and errors, and so of the gradients, are those of the whole batch.
+    """
+    n, (rank, world_size) = len(x0), share()
+    # One t from each of n equal parts of the range: a less noisy loss than n free draws.
+    spread = torch.arange(n, device=x0.device) + torch.rand(n, device=x0.device)
+    t = (spread / n * ddpm.n_steps).long().clamp(max=ddpm.n_steps - 1)
+    eta = torch.randn_like(x0)
+    x0, t, eta = (tensor[rank::world_size] for tensor in (x0, t, eta))
+    errors = (network(ddpm(x0, t, eta), t) - eta).square().mean((1, 2, 3)) * world_size / n
+    # Late steps decide the shape of an image but are the easy ones: they count for more.
+    return (errors * ddpm.alpha_bars[t] ** -0.5).sum(), errors.detach().sum()
 
 
 @torch.no_grad()
@@ -547,6 +652,13 @@ def compare_flags(path, stored, given, names):
                 f"{path} was trained with {name} = {stored.get(name)}, not {given.get(name)}: "
                 "give the same flags, or train anew (without --no-train and --resume)"
             )
+
+
+def describe(ddpm):
+    """-> dict of all that `load_model` needs to rebuild the model."""
+    settings = getattr(ddpm.network, "settings", None)
+    content = {"weights": ddpm.state_dict(), "network": settings, "n_steps": ddpm.n_steps}
+    return content | {"image_chw": ddpm.image_chw}
 
 
 def load_model(store_path, device=None):
@@ -628,7 +740,7 @@ def reverse_process(ddpm, x, steps, variance, generator):
     extrapolated from the last two guesses.
     """
     # In float64 on the host: the loop never waits for the device.
-    alpha_bars = (1 - ddpm.betas.double().cpu()).cumprod(0).tolist()
+    alpha_bars = (1 - ddpm.betas.cpu().double()).cumprod(0).tolist()
     # The last steps need more care: t falls quadratically, and no t is used twice.
     times = (ddpm.n_steps - 1) * np.linspace(1, 0, steps) ** 2
     times = np.maximum(times, np.arange(steps)[::-1]).round().astype(int).tolist()
@@ -636,7 +748,7 @@ def reverse_process(ddpm, x, steps, variance, generator):
     yield x
     for t, t_next in zip(times, times[1:] + [None], strict=True):
         a, a_next = alpha_bars[t], 1.0 if t_next is None else alpha_bars[t_next]
-        eta_theta = ddpm.backward(x, torch.full((len(x),), t, device=x.device))
+        eta_theta = in_shares(ddpm.backward, x, torch.full((len(x),), t, device=x.device))
         x0 = ((x - (1 - a) ** 0.5 * eta_theta) / a**0.5).clamp(-1, 1)
         if t_next is None:
             x = x0
@@ -727,41 +839,47 @@ def finish(figure, path):
 
 
 # %% Main: train, draw, and report every fault in one clear line
-def run(flags):
+def run(flags, device):
     """The whole job, from the images to the GIF. Raises what the functions above raise."""
     start = time.perf_counter()
-    name = "fashion" if flags.fashion else "mnist"
+    rank, world_size = share()
     out_dir = Path(flags.out_dir)
-    store_path = out_dir / f"{name}.pt"
-    prepare_folder(out_dir)
-    if flags.no_train:
-        ddpm = load_model(store_path, "cpu")
-        schedule = ["fashion", "n_steps", "min_beta", "max_beta"]
-        compare_flags(store_path, ddpm.info["flags"], vars(flags), schedule)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    images = load_images(flags.fashion, data_dir=flags.data_dir, device=device)
-    loader = make_loader(images[: flags.n_images], flags.batch_size)
-    print(f"Using device: {device}", torch.cuda.get_device_name() if device.type == "cuda" else "")
-
+    path = out_dir / ("fashion" if flags.fashion else "mnist")
+    store_path = path.with_suffix(".pt")
+    if rank == 0:
+        prepare_folder(out_dir)
     torch.backends.cudnn.deterministic = True
     torch.manual_seed(flags.SEED)
-    show_first_batch(loader, out_dir / f"{name}_first_batch.png")
-    torch.manual_seed(flags.SEED)
-    network = MyUNet(flags.n_steps, betas=(flags.min_beta, flags.max_beta))
-    ddpm = MyDDPM(network, flags.n_steps, flags.min_beta, flags.max_beta, device)
-    show_forward(ddpm, loader, device, out_dir / f"{name}_forward.png")
+    if flags.no_train:
+        ddpm = load_model(store_path, device)
+        schedule = ["fashion", "n_steps", "min_beta", "max_beta"]
+        compare_flags(store_path, ddpm.info["flags"], vars(flags), schedule)
+    else:
+        network = MyUNet(flags.n_steps, betas=(flags.min_beta, flags.max_beta))
+        ddpm = MyDDPM(network, flags.n_steps, flags.min_beta, flags.max_beta, device)
+    images = load_images(flags.fashion, data_dir=flags.data_dir, device=device)
+    loader = Batches(images[: flags.n_images], flags.batch_size)
+    print(f"Using device: {device}" + f" ({world_size} processes)" * (world_size > 1))
     print(f"Parameters: {sum(p.numel() for p in ddpm.parameters()):,}")
-    if not flags.no_train:
-        optim = Muon(ddpm.parameters(), flags.lr)
-        training_loop(ddpm, loader, flags.n_epochs, optim, store_path=store_path, flags=vars(flags))
 
-    best_model = load_model(store_path, device)
-    show_losses(best_model.info["losses"], out_dir / f"{name}_loss.png")
-    gif = {"frames_per_gif": flags.frames_per_gif, "gif_name": out_dir / f"{name}.gif"}
+    if rank == 0:
+        torch.manual_seed(flags.SEED)
+        show_first_batch(loader, f"{path}_first_batch.png")
+        torch.manual_seed(flags.SEED)
+        show_forward(ddpm, loader, device, f"{path}_forward.png")
+    if flags.no_train:
+        losses = ddpm.info["losses"]
+    else:
+        optim, how = Muon(ddpm.parameters(), flags.lr), {"flags": vars(flags)}
+        losses = training_loop(ddpm, loader, flags.n_epochs, optim, store_path=store_path, **how)
+    gif_name = path.with_suffix(".gif") if rank == 0 else None
+    gif = {"frames_per_gif": flags.frames_per_gif, "gif_name": gif_name}
     how = {"sample_steps": flags.sample_steps, "variance": flags.variance, "seed": flags.SEED}
-    generated = generate_new_images(best_model, flags.n_samples, device, **gif, **how)
-    show_images(generated[:10], "Generated images", out_dir / f"{name}_10.png")
-    show_images(generated[:100], "Generated images", out_dir / f"{name}_100.png")
+    generated = generate_new_images(ddpm, flags.n_samples, device, **gif, **how)
+    if rank == 0:
+        show_losses(losses, f"{path}_loss.png")
+        show_images(generated[:10], "Generated images", f"{path}_10.png")
+        show_images(generated[:100], "Generated images", f"{path}_100.png")
     print(f"Pictures are in {out_dir} ({time.perf_counter() - start:.0f} s)")
 
 
@@ -786,7 +904,9 @@ def main(argv=None):
 
     previous = signal.signal(signal.SIGTERM, terminate)
     try:
-        run(read_flags(argv))
+        flags, device = read_flags(argv), find_device()
+        with all_processes(device, flags.batch_size):
+            run(flags, device)
         plt.show()
     except KeyboardInterrupt as stop:
         message = "stopped: add --resume to go on with a training after its last finished epoch"
@@ -799,7 +919,8 @@ def main(argv=None):
         return
     finally:
         signal.signal(signal.SIGTERM, previous)
-    print(f"\nddpm.py: {message}", file=sys.stderr)
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # of several processes, one on each machine
+        print(f"\nddpm.py: {message}", file=sys.stderr)
     raise SystemExit(status)
 
 

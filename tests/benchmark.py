@@ -143,7 +143,7 @@ def training_runs(folder):
     shipped, plain, data = untrained(), untrained(Plain), report_data(folder)
 
     def run_shipped(n):
-        loader = ddpm.make_loader(images[:n], BATCH)
+        loader = ddpm.Batches(images[:n], BATCH)
         optim = ddpm.Muon(shipped.parameters(), ddpm.lr)
         path = Path(folder, "shipped.pt")
         return seconds_of(ddpm.training_loop, shipped, loader, 1, optim, store_path=path)

@@ -70,7 +70,7 @@ def train():
         network = ddpm.MyUNet(1000, 64)
         model = ddpm.MyDDPM(network, 1000, 2e-4, 0.03)
         optim = torch.optim.AdamW(model.parameters(), 0.003)
-        loader = wrap(ddpm.make_loader(images, flags["batch_size"]))
+        loader = wrap(ddpm.Batches(images, flags["batch_size"]))
         losses = ddpm.training_loop(
             model, loader, n_epochs, optim, store_path=store_path, flags=flags | {"resume": resume}
         )

@@ -90,7 +90,7 @@ def main(argv=None):
         images = ddpm.load_images(data_dir=folder)
 
         weights, state = Path(folder, "mnist.pt"), Path(folder, "mnist_state.pt")
-        loader = ddpm.make_loader(images[:8], 8)
+        loader = ddpm.Batches(images[:8], 8)
 
         def train(resume):
             torch.manual_seed(args.seed)

@@ -374,7 +374,7 @@ def train_another(store_path, flags=None):
 
     model = ddpm.MyDDPM(Other(1, 1, 3, padding=1))
     optim = torch.optim.Adam(model.parameters(), 1e-3)
-    loader = ddpm.make_loader(torch.zeros(4, 28, 28, dtype=torch.uint8), 4)
+    loader = ddpm.Batches(torch.zeros(4, 28, 28, dtype=torch.uint8), 4)
     ddpm.training_loop(model, loader, 1, optim, store_path=store_path, flags=flags)
 
 

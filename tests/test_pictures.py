@@ -92,7 +92,7 @@ def test_first_batch_is_shown_whole(digits, tmp_path):
     ddpm.show_first_batch([[images, torch.arange(10)], None], tmp_path / "greys.png")
     picture = pixels(tmp_path / "greys.png")
     assert all((abs(picture - level) <= 1).sum() > 1000 for level in levels)
-    ddpm.show_first_batch(ddpm.make_loader(digits[:200], 128), tmp_path / "digits.png")
+    ddpm.show_first_batch(ddpm.Batches(digits[:200], 128), tmp_path / "digits.png")
     assert Image.open(tmp_path / "digits.png").width > 500
 
 
@@ -109,7 +109,7 @@ def panels(path):
 @pytest.mark.parametrize("batch_size", [128, 5])
 def test_forward_process_is_shown_in_five_panels(digits, knows, batch_size, tmp_path):
     torch.manual_seed(0)
-    loader = ddpm.make_loader(digits[:256], batch_size)
+    loader = ddpm.Batches(digits[:256], batch_size)
     ddpm.show_forward(knows(None), loader, path=tmp_path / "forward.png")
     assert plt.get_fignums() == []
     # Noise makes neighbours differ, the more the later; after 75 % there is hardly anything else.
@@ -121,7 +121,7 @@ def test_forward_process_is_shown_in_five_panels(digits, knows, batch_size, tmp_
 def test_forward_process_of_two_steps_is_shown_in_order(digits, knows, tmp_path):
     """A quarter of two steps is none or one, not the last."""
     torch.manual_seed(0)
-    loader = ddpm.make_loader(digits[:16], 16)
+    loader = ddpm.Batches(digits[:16], 16)
     ddpm.show_forward(knows(None, 2, 0.01, 0.9), loader, path=tmp_path / "forward.png")
     rough = panels(tmp_path / "forward.png")
     assert len(rough) == 5

@@ -84,7 +84,7 @@ def test_weights_kept_are_an_average_and_buffers_are_not(digits, tmp_path):
         lambda *_: history.append(model.network.conv.weight.detach().clone())
     )
     store_path = tmp_path / "a.pt"
-    ddpm.training_loop(model, ddpm.make_loader(digits, 30), 2, optim, store_path=store_path)
+    ddpm.training_loop(model, ddpm.Batches(digits, 30), 2, optim, store_path=store_path)
     weights = torch.load(store_path, weights_only=True)["weights"]
     for name, buffer in before.items():
         assert torch.equal(weights[name], buffer) and torch.equal(model.state_dict()[name], buffer)
@@ -156,7 +156,7 @@ def test_every_epoch_has_its_own_order_and_noise(digits, tmp_path):
     seen = []
     model = ddpm.MyDDPM(Notes(), 100, 1e-3, 0.1)
     optim = torch.optim.SGD(model.parameters(), 0.1)
-    loader = ddpm.make_loader(digits[:64], 64)
+    loader = ddpm.Batches(digits[:64], 64)
     ddpm.training_loop(model, loader, 2, optim, store_path=tmp_path / "a.pt")
     (x, t), (other_x, other_t) = seen
     assert not torch.equal(x, other_x) and not torch.equal(t, other_t)
@@ -165,7 +165,7 @@ def test_every_epoch_has_its_own_order_and_noise(digits, tmp_path):
 
 
 def test_loader_gives_every_image_once_an_epoch(digits):
-    loader = ddpm.make_loader(digits[:70], 32)
+    loader = ddpm.Batches(digits[:70], 32)
     batches = [batch[0] for batch in loader]
     assert [len(batch) for batch in batches] == [32, 32, 6] and len(loader) == 3
     seen = torch.cat(batches)
