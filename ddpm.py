@@ -409,7 +409,7 @@ class MyUNet(nn.Module):
         n_steps=1000,
         time_emb_dim=128,
         channels=(16, 32, 64),
-        n_middle=4,
+        n_middle=6,
         betas=(1e-4, 0.02),
     ):
         super().__init__()
@@ -502,7 +502,7 @@ def orthogonalize(matrices):
     square = wide @ wide.mT
     one = product = torch.eye(square.shape[1], device=square.device)
     for _ in range(5):
-        factor = 3.4445 * one + (2.0315 * square - 4.775 * one) @ square
+        factor = 3.4445 * one + torch.baddbmm(square, square, square, beta=-4.775, alpha=2.0315)
         product, square = factor @ product, square @ factor @ factor
     wide = product @ wide
     return wide if matrices.shape[1] <= matrices.shape[2] else wide.mT
@@ -734,10 +734,10 @@ def generate_new_images(
 def reverse_process(ddpm, x, steps, variance, generator):
     """Yields x_T, the given noise (n, c, h, w), and then x after each of the steps down to x_0.
 
-    steps = n_steps is Algorithm 2 of [1] with x_0 clipped to [-1, 1]: the mean of x_{t-1} is that
-    of q(x_{t-1} | x_t, x_0), eq. 6 and 7, and `variance` tells its noise. Fewer steps add no noise:
-    DPM-Solver++(2M), Algorithm 2 of [3], is the step of DDIM (eq. 12 of [2]) towards an x_0
-    extrapolated from the last two guesses.
+    steps = n_steps is Algorithm 2 of [1] with x_0 clipped to [-1, 1]: the mean of the next x is
+    that of q(x_{t-1} | x_t, x_0), eq. 6 and 7, and `variance` tells its noise. Fewer steps are
+    larger ones of the same kind, towards an x_0 extrapolated from the last two guesses, as in
+    SDE-DPM-Solver++(2M), section 5 of [3].
     """
     # In float64 on the host: the loop never waits for the device.
     alpha_bars = (1 - ddpm.betas.cpu().double()).cumprod(0).tolist()
@@ -751,22 +751,18 @@ def reverse_process(ddpm, x, steps, variance, generator):
         eta_theta = in_shares(ddpm.backward, x, torch.full((len(x),), t, device=x.device))
         x0 = ((x - (1 - a) ** 0.5 * eta_theta) / a**0.5).clamp(-1, 1)
         if t_next is None:
-            x = x0
-        elif steps == ddpm.n_steps:
-            beta = 1 - a / a_next
-            beta_tilde = (1 - a_next) / (1 - a) * beta
-            mean = (a_next**0.5 * beta * x0 + (a / a_next) ** 0.5 * (1 - a_next) * x) / (1 - a)
-            z = torch.randn(x.shape, generator=generator, device=x.device)
-            x = mean + (beta if variance == 1 else beta_tilde) ** 0.5 * z
-        else:
-            log_snr, next_log_snr = math.log(a / (1 - a)), math.log(a_next / (1 - a_next))
-            target = x0
-            if last_x0 is not None:
-                ratio = (next_log_snr - log_snr) / (log_snr - last_log_snr)
-                target = x0 + ratio / 2 * (x0 - last_x0)
-            last_x0, last_log_snr = x0, log_snr
-            keep = ((1 - a_next) / (1 - a)) ** 0.5
-            x = keep * x + (a_next**0.5 - keep * a**0.5) * target
+            yield x0
+            return
+        log_snr, next_log_snr = math.log(a / (1 - a)), math.log(a_next / (1 - a_next))
+        target = x0
+        if steps < ddpm.n_steps and last_x0 is not None:
+            target = x0 + (next_log_snr - log_snr) / (log_snr - last_log_snr) / 2 * (x0 - last_x0)
+        last_x0, last_log_snr = x0, log_snr
+        beta = 1 - a / a_next
+        beta_tilde = (1 - a_next) / (1 - a) * beta
+        x = (a_next**0.5 * beta * target + (a / a_next) ** 0.5 * (1 - a_next) * x) / (1 - a)
+        z = torch.randn(x.shape, generator=generator, device=x.device)
+        x += (beta if variance == 1 else beta_tilde) ** 0.5 * z
         yield x
 
 

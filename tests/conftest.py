@@ -67,9 +67,9 @@ def train():
     def train(images, store_path, n_epochs=2, wrap=lambda loader: loader, resume=False, **flags):
         flags = {"SEED": 0, "batch_size": 32, **flags}
         torch.manual_seed(flags["SEED"])
-        network = ddpm.MyUNet(1000, 64)
+        network = ddpm.MyUNet(1000, 64, betas=(2e-4, 0.03))
         model = ddpm.MyDDPM(network, 1000, 2e-4, 0.03)
-        optim = torch.optim.AdamW(model.parameters(), 0.003)
+        optim = torch.optim.AdamW(model.parameters(), 0.01)
         loader = wrap(ddpm.Batches(images, flags["batch_size"]))
         losses = ddpm.training_loop(
             model, loader, n_epochs, optim, store_path=store_path, flags=flags | {"resume": resume}

@@ -243,8 +243,8 @@ def test_stopped_and_resumed_by_the_flag(capsys, tmp_path, monkeypatch):
     flags += ["--n-samples", "1", "--sample-steps", "2"]
     ddpm.main([*flags, "--out-dir", str(tmp_path / "unbroken")])
     with monkeypatch.context() as patch:
-        make_loader = ddpm.make_loader
-        patch.setattr(ddpm, "make_loader", lambda *rest: Breaks(make_loader(*rest)))
+        batches = ddpm.Batches
+        patch.setattr(ddpm, "Batches", lambda *rest: Breaks(batches(*rest)))
         capsys.readouterr()
         with pytest.raises(SystemExit) as stop:
             ddpm.main([*flags, "--out-dir", str(tmp_path / "resumed")])

@@ -25,7 +25,7 @@ def test_training_lowers_the_loss(trained):
 @torch.no_grad()
 def test_trained_model_finds_the_noise_in_images_it_never_saw(trained):
     torch.manual_seed(0)
-    untrained = ddpm.MyUNet(1000, 64)
+    untrained = ddpm.MyUNet(**trained[0].network.settings)
     x0 = ddpm.load_images(train=False)[:256].unsqueeze(1).float() / 127.5 - 1
     t, eta = torch.arange(256) * 1000 // 256, torch.randn(256, 1, 28, 28)
     noisy = trained[0](x0, t, eta)
