@@ -409,7 +409,7 @@ class MyUNet(nn.Module):
         n_steps=1000,
         time_emb_dim=128,
         channels=(16, 32, 64),
-        n_middle=6,
+        n_middle=4,
         betas=(1e-4, 0.02),
     ):
         super().__init__()
@@ -736,14 +736,15 @@ def reverse_process(ddpm, x, steps, variance, generator):
 
     steps = n_steps is Algorithm 2 of [1] with x_0 clipped to [-1, 1]: the mean of the next x is
     that of q(x_{t-1} | x_t, x_0), eq. 6 and 7, and `variance` tells its noise. Fewer steps are
-    larger ones of the same kind, towards an x_0 extrapolated from the last two guesses, as in
-    SDE-DPM-Solver++(2M), section 5 of [3].
+    larger ones of the same kind, always with beta-tilde, towards an x_0 extrapolated from the last
+    two guesses, as in SDE-DPM-Solver++(2M) [3].
     """
     # In float64 on the host: the loop never waits for the device.
     alpha_bars = (1 - ddpm.betas.cpu().double()).cumprod(0).tolist()
     # The last steps need more care: t falls quadratically, and no t is used twice.
     times = (ddpm.n_steps - 1) * np.linspace(1, 0, steps) ** 2
     times = np.maximum(times, np.arange(steps)[::-1]).round().astype(int).tolist()
+    whole = steps == ddpm.n_steps
     last_x0 = last_log_snr = None
     yield x
     for t, t_next in zip(times, times[1:] + [None], strict=True):
@@ -755,14 +756,14 @@ def reverse_process(ddpm, x, steps, variance, generator):
             return
         log_snr, next_log_snr = math.log(a / (1 - a)), math.log(a_next / (1 - a_next))
         target = x0
-        if steps < ddpm.n_steps and last_x0 is not None:
+        if not whole and last_x0 is not None:
             target = x0 + (next_log_snr - log_snr) / (log_snr - last_log_snr) / 2 * (x0 - last_x0)
         last_x0, last_log_snr = x0, log_snr
         beta = 1 - a / a_next
         beta_tilde = (1 - a_next) / (1 - a) * beta
         x = (a_next**0.5 * beta * target + (a / a_next) ** 0.5 * (1 - a_next) * x) / (1 - a)
         z = torch.randn(x.shape, generator=generator, device=x.device)
-        x += (beta if variance == 1 else beta_tilde) ** 0.5 * z
+        x += (beta if variance == 1 and whole else beta_tilde) ** 0.5 * z
         yield x
 
 

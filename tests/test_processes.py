@@ -52,6 +52,7 @@ def child(job, given, folder, number, environment):
     for descriptor, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(f"{name}{number}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
     os.environ |= environment
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # even if the tests ignore Ctrl-C
     torch.set_num_threads(1)
     job(given)
 

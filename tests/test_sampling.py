@@ -85,23 +85,19 @@ def test_whole_chain_gives_the_gaussian_back(mean, variance, monkeypatch):
         assert error.mean(0).abs().max() < 5 * (expected[t] / n) ** 0.5 + 9e-4, t
 
 
-# The flow that the fast sampler follows maps x_T to a line in closed form, of slope DEVIATION: no
-# noise, so no statistics. What remains is the error of few steps: at 500 steps 0.1 %, of which the
-# last step, from t = 0 to the image, makes 0.2 % in the other direction; a first-order sampler has
-# 1.9 % there. At 20 and 50 steps second-order extrapolation overshoots by up to 17 %.
-@pytest.mark.parametrize(
-    "sample_steps, tolerance", [(20, 0.16), (50, 0.05), (200, 0.03), (500, 0.005)]
-)
-def test_fast_sampler_gives_the_gaussian_back(mean, sample_steps, tolerance):
+# What remains is the error of few steps: with 20 the variance is 1.23 of the data's, with 50 it is
+# 1.03, with 200 and 500 1.01 and 1.00. Without extrapolation 50 steps make 0.81 of it.
+@pytest.mark.parametrize("sample_steps, tolerance", [(20, 0.27), (50, 0.05), (200, 0.02)])
+@pytest.mark.parametrize("variance", [1, 2])
+def test_fast_sampler_gives_the_gaussian_back(mean, sample_steps, tolerance, variance, monkeypatch):
+    n = 1500
+    monkeypatch.setattr(ddpm, "CHUNK", n)
     m = ddpm.MyDDPM(KnowsGaussian(mean, 1000))
-    x = ddpm.generate_new_images(m, 100, gif_name=None, sample_steps=sample_steps, **SIZE)
-    noise = m.network.seen[999]
-    a = alpha_bars()[-1].item()
-    v = a * DEVIATION**2 + 1 - a
-    start = noise - a**0.5 * mean
-    slope = (start * (x - mean)).sum() / start.square().sum()
-    assert slope.item() == pytest.approx(DEVIATION / v**0.5, rel=tolerance)
-    torch.testing.assert_close(x, mean + slope * start, rtol=0, atol=1e-4)
+    how = {"sample_steps": sample_steps, "variance": variance, "gif_name": None}
+    error = ddpm.generate_new_images(m, n, **how, **SIZE) - mean
+    assert len(m.network.seen) == sample_steps
+    assert abs(error.mean()) < 5 * DEVIATION / error.numel() ** 0.5 + 5e-4
+    assert abs(error.var() / DEVIATION**2 - 1) < tolerance
 
 
 @pytest.mark.parametrize("sample_steps", [1, 2, 5, 49, None])
