@@ -405,12 +405,7 @@ class MyUNet(nn.Module):
     """
 
     def __init__(
-        self,
-        n_steps=1000,
-        time_emb_dim=128,
-        channels=(16, 32, 64),
-        n_middle=4,
-        betas=(1e-4, 0.02),
+        self, n_steps=1000, time_emb_dim=128, channels=(16, 32, 64), n_middle=4, betas=(1e-4, 0.02)
     ):
         super().__init__()
         self.settings = {"n_steps": n_steps, "time_emb_dim": time_emb_dim, "channels": channels}

@@ -28,6 +28,8 @@ os.environ["MPLBACKEND"] = "agg"  # a window would wait to be closed
 import torch
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Subset
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
 from torchvision.datasets import MNIST
@@ -180,6 +182,33 @@ def forward_flop(n=8):
     return counter.get_total_flops() / n
 
 
+class Traffic(TorchDispatchMode):
+    """Adds up the bytes that operations read and write, as if nothing stayed in a cache."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if not function.is_view:
+            tensors = [x for x in tree_leaves((args, kwargs, result)) if torch.is_tensor(x)]
+            self.bytes += sum(x.nbytes for x in tensors)
+        return result
+
+
+def traffic(training, n=128):
+    """-> bytes moved for each image: of one training step, or of one call of the network."""
+    model, x0 = untrained(), torch.zeros(n, 1, 28, 28, device=DEVICE)
+    with Traffic() as mode:
+        if training:
+            ddpm.guess_the_noise(model, model.network, x0)[0].backward()
+        else:
+            with torch.no_grad():
+                model.backward(x0, torch.zeros(n, device=DEVICE).long())
+    return mode.bytes / n
+
+
 def product_rate(name, seconds):
     """-> FLOP/s of a 2048 x 2048 matrix product, the best of those that fit in `seconds`."""
     in_a_row = 50 if DEVICE.type == "cuda" else 1  # starting a single one takes a GPU too long
@@ -308,7 +337,44 @@ def part_growth(args):
         row(label, number(seconds), f"{memory:,.0f}", f"{on_gpu:,.0f}" if on_gpu else "-")
 
 
+def worker(n, steps):
+    """Run by each of the processes that share a job: prints images/s of training and drawing."""
+    with ddpm.all_processes(DEVICE, BATCH), tempfile.TemporaryDirectory() as folder:
+        images = ddpm.load_images(device=DEVICE)
+        for count in (2 * BATCH, n):  # the first round warms up
+            model = untrained()
+            job = (model, ddpm.Batches(images[:count], BATCH), 1, ddpm.Muon(model.parameters()))
+            path = Path(folder, "model.pt")
+            training = count / seconds_of(ddpm.training_loop, *job, store_path=path)
+            drawing = 100 / draw(model.eval(), 100, 2 if count < n else steps)
+        print(training, drawing)
+
+
+def part_processes(args):
+    """One and two processes of one thread each, against one process of two threads."""
+
+    def speeds(processes, threads):
+        command = [sys.executable]
+        if processes > 1:
+            command += ["-m", "torch.distributed.run", "--standalone"]
+            command += [f"--nproc-per-node={processes}"]
+        command += [__file__, "--worker", f"--sample-steps={args.sample_steps}"]
+        env = os.environ | {"OMP_NUM_THREADS": str(threads)}
+        done = subprocess.run(command, env=env, check=True, stdout=subprocess.PIPE, text=True)
+        return [float(word) for word in done.stdout.split()]
+
+    jobs = {"1 process, 2 threads": (1, 2), "1 process, 1 thread": (1, 1)}
+    jobs["2 processes, 1 thread each"] = (2, 1)
+    results = in_turn([lambda job=job: speeds(*job) for job in jobs.values()], args.repeats)
+    for i, name in enumerate(("training", "drawing")):
+        heading(f"{name} in processes", "images/s", "ratio to the first")
+        for label, rounds in zip(jobs, results, strict=True):
+            ratios = [a[i] / b[i] for a, b in zip(rounds, results[0], strict=True)]
+            row(label, spread([speed[i] for speed in rounds]), spread(ratios))
+
+
 PARTS = {"train": part_train, "sample": part_sample, "start": part_start, "growth": part_growth}
+PARTS["processes"] = part_processes
 
 
 def main(argv=None):
@@ -317,12 +383,17 @@ def main(argv=None):
     parser.add_argument("--repeats", type=int, default=5, help="turns of each (%(default)s)")
     parser.add_argument("--seconds", type=float, default=8, help="a training turn (%(default)s)")
     parser.add_argument("--sample-steps", type=int, default=50, help="fast sampler (%(default)s)")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
+    if args.worker:
+        return worker(20 * BATCH, args.sample_steps)
     if args.repeats < 1 or args.seconds <= 0 or not 1 <= args.sample_steps < ddpm.n_steps:
         parser.error(f"repeats and seconds must be above 0, sample-steps 1 to {ddpm.n_steps - 1}")
     count = sum(p.numel() for p in untrained().parameters())
     print(f"{processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     print(f"network: {count:,} parameters, {forward_flop() / 1e6:.1f} MFLOP an image (forward)")
+    moved = (traffic(training) / 1e6 for training in (False, True))
+    print("read and written: {:.1f} MB an image forward, {:.1f} MB in training".format(*moved))
     print(f"medians (smallest to largest) of {args.repeats}, shipped and plain in turn")
     for name, part in PARTS.items():
         if args.part in (name, "all"):
