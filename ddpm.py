@@ -127,6 +127,7 @@ def check_flags(flags):
         value = getattr(flags, name)
         need(name, type(value) in (int, float) and 0 < value < math.inf, "a number above 0")
     need("SEED", flags.SEED < 2**32, "below 2**32")
+    need("lr", flags.lr < 1e30, "below 1e30")
     need("n_images", flags.n_images <= 60_000, "at most 60000")
     need("max_beta", flags.max_beta < 1, "below 1")
     need("min_beta", flags.min_beta < flags.max_beta, f"below max_beta, {flags.max_beta}")
@@ -213,7 +214,12 @@ def all_processes(device, batch_size):
 
     Raises BadInput if they can't share a batch or do not find each other, OSError if one is lost.
     """
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    world_size = os.environ.get("WORLD_SIZE", "1")
+    if not re.fullmatch("[1-9][0-9]*", world_size):
+        raise BadInput(
+            f"WORLD_SIZE must be a number of processes, not {world_size!r}: use torchrun"
+        )
+    world_size = int(world_size)
     if batch_size % world_size:
         raise BadInput(f"batch_size must be a multiple of the {world_size} processes")
     if world_size == 1:
@@ -233,6 +239,8 @@ def all_processes(device, batch_size):
         try:
             yield
         except RuntimeError as error:
+            if "gloo" not in str(error) and not isinstance(error, distributed.DistError):
+                raise
             raise OSError(f"another process was lost: {str(error).splitlines()[0]}") from None
         finally:
             distributed.destroy_process_group()
@@ -864,12 +872,13 @@ def run(flags, device):
     else:
         optim, how = Muon(ddpm.parameters(), flags.lr), {"flags": vars(flags)}
         losses = training_loop(ddpm, loader, flags.n_epochs, optim, store_path=store_path, **how)
+    if rank == 0:
+        show_losses(losses, f"{path}_loss.png")
     gif_name = path.with_suffix(".gif") if rank == 0 else None
     gif = {"frames_per_gif": flags.frames_per_gif, "gif_name": gif_name}
     how = {"sample_steps": flags.sample_steps, "variance": flags.variance, "seed": flags.SEED}
     generated = generate_new_images(ddpm, flags.n_samples, device, **gif, **how)
     if rank == 0:
-        show_losses(losses, f"{path}_loss.png")
         show_images(generated[:10], "Generated images", f"{path}_10.png")
         show_images(generated[:100], "Generated images", f"{path}_100.png")
     print(f"Pictures are in {out_dir} ({time.perf_counter() - start:.0f} s)")

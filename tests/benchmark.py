@@ -27,9 +27,9 @@ os.environ["MPLBACKEND"] = "agg"  # a window would wait to be closed
 
 import torch
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Subset
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.data import DataLoader, Subset
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
 from torchvision.datasets import MNIST
