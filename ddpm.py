@@ -127,7 +127,7 @@ def check_flags(flags):
         value = getattr(flags, name)
         need(name, type(value) in (int, float) and 0 < value < math.inf, "a number above 0")
     need("SEED", flags.SEED < 2**32, "below 2**32")
-    need("lr", flags.lr < 1e30, "below 1e30")
+    need("lr", flags.lr <= 1e30, "at most 1e30")
     need("n_images", flags.n_images <= 60_000, "at most 60000")
     need("max_beta", flags.max_beta < 1, "below 1")
     need("min_beta", flags.min_beta < flags.max_beta, f"below max_beta, {flags.max_beta}")

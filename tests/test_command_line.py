@@ -191,6 +191,7 @@ BAD_INPUT = {
     "lr negative": ["--lr", "-0.001"],
     "lr nan": ["--lr", "nan"],
     "lr infinite": ["--lr", "inf"],
+    "lr beyond fp32": ["--lr", "1e42"],
     "sample_steps > n_steps": ["--sample-steps", "1001"],
     "sample_steps 0": ["--sample-steps", "0"],
     "n_images 60001": ["--n-images", "60001"],
