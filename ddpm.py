@@ -740,7 +740,7 @@ def reverse_process(ddpm, x, steps, variance, generator):
     steps = n_steps is Algorithm 2 of [1] with x_0 clipped to [-1, 1]: the mean of the next x is
     that of q(x_{t-1} | x_t, x_0), eq. 6 and 7, and `variance` tells its noise. Fewer steps are
     larger ones of the same kind, always with beta-tilde, towards an x_0 extrapolated from the last
-    two guesses, as in SDE-DPM-Solver++(2M) [3].
+    two guesses: jumping over t is of [2], section 4.2, the extrapolation of SDE-DPM-Solver++(2M) [3].
     """
     # In float64 on the host: the loop never waits for the device.
     alpha_bars = (1 - ddpm.betas.cpu().double()).cumprod(0).tolist()
