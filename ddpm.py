@@ -1,3 +1,15 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = [
+#     "torch>=2.14",
+#     "torchvision>=0.29",
+#     "numpy>=2.0",
+#     "matplotlib>=3.9",
+#     "einops>=0.8",
+#     "imageio>=2.38",
+#     "tqdm>=4.67",
+# ]
+# ///
 """A denoising diffusion probabilistic model of MNIST or Fashion-MNIST, in one file.
 
     python ddpm.py              train on MNIST, then draw new digits: outputs/mnist.gif and others
@@ -15,6 +27,7 @@ To be read from top to bottom: flags, data, diffusion, network, training, sampli
 [6] Jordan et al.: Muon, 2024, kellerjordan.github.io/posts/muon
 [7] Kingma, Ba: Adam, 2015, arXiv 1412.6980
 [8] Salimans, Ho: Progressive Distillation, 2022, arXiv 2202.00512 (the guess of v)
+[9] Karras et al.: Guiding a Diffusion Model with a Bad Version of Itself, 2024, arXiv 2406.02507
 """
 
 # %% Imports
@@ -23,12 +36,14 @@ import ast
 import contextlib
 import copy
 import datetime
+import functools
 import gzip
 import hashlib
 import io
 import math
 import os
 import pickle
+import platform
 import re
 import signal
 import sys
@@ -65,6 +80,7 @@ max_beta = 0.02  # the same in the last step: after 1000, next to nothing of the
 n_samples = 100  # images to draw after training
 frames_per_gif = 100  # pictures in the GIF, from pure noise to the images
 sample_steps = 1000  # n_steps: the whole reverse chain; fewer: the fast sampler
+guidance = 2  # draw with 2 times what training changed since a fifth of it; 1: as trained
 variance = 2  # of the noise in the whole chain: 1 is beta_t, 2 the posterior's beta-tilde_t
 data_dir = str(HERE / "datasets")  # folder of the data archives
 out_dir = str(HERE / "outputs")  # folder of the weights and pictures
@@ -123,7 +139,7 @@ def check_flags(flags):
     for name, low in least.items():
         value = getattr(flags, name)
         need(name, type(value) is int and value >= low, f"a whole number, at least {low}")
-    for name in ("lr", "min_beta", "max_beta"):
+    for name in ("lr", "min_beta", "max_beta", "guidance"):
         value = getattr(flags, name)
         need(name, type(value) in (int, float) and 0 < value < math.inf, "a number above 0")
     need("SEED", flags.SEED < 2**32, "below 2**32")
@@ -132,6 +148,7 @@ def check_flags(flags):
     need("max_beta", flags.max_beta < 1, "below 1")
     need("min_beta", flags.min_beta < flags.max_beta, f"below max_beta, {flags.max_beta}")
     need("sample_steps", flags.sample_steps <= flags.n_steps, f"at most n_steps, {flags.n_steps}")
+    need("guidance", 1 <= flags.guidance <= 10, "from 1 to 10")
     need("variance", flags.variance in (1, 2), "1 (beta_t) or 2 (beta-tilde_t)")
     for name in ("no_train", "fashion", "resume"):
         need(name, type(getattr(flags, name)) is bool, "True or False")
@@ -334,6 +351,7 @@ class MyDDPM(nn.Module):
         if n_steps < 2 or not 0 < min_beta < max_beta < 1:
             raise BadInput("a schedule needs n_steps >= 2 and 0 < min_beta < max_beta < 1")
         self.network = network
+        self.early = None  # the network as it was early in its training, if that is known
         self.n_steps = n_steps
         self.image_chw = tuple(image_chw)
         betas, alphas, alpha_bars = linear_schedule(n_steps, min_beta, max_beta)
@@ -356,9 +374,22 @@ class MyDDPM(nn.Module):
         alpha_bar = self.alpha_bars[torch.as_tensor(t, device=self.device)].reshape(-1, 1, 1, 1)
         return alpha_bar.sqrt() * x0 + (1 - alpha_bar).sqrt() * eta
 
-    def backward(self, x, t):
-        """x_t (n, c, h, w), t (n,) or (n, 1) -> eta_theta (n, c, h, w), the network's guess."""
-        return self.network(x, t)
+    def backward(self, x, t, guidance=1):
+        """x_t (n, c, h, w), t (n,) or (n, 1) -> eta_theta (n, c, h, w), the network's guess.
+
+        What training has changed since its early days is mostly right, but too little: a guidance
+        above 1 goes `guidance` times the way from the early guess to the last one [9, eq. 3].
+        """
+        eta_theta = self.network(x, t)
+        if self.early is None or guidance == 1:
+            return eta_theta
+        return self.early(x, t).lerp(eta_theta, guidance)
+
+    def load_state_dict(self, state, **how):
+        """Loads what `state_dict` gave, with or without early weights."""
+        if self.early is None and any(name.startswith("early.") for name in state):
+            self.early = copy.deepcopy(self.network).requires_grad_(False)
+        return super().load_state_dict(state, **how)
 
 
 # %% Network: a UNet that is told the step
@@ -548,6 +579,9 @@ def training_loop(
         start = time.perf_counter()
         losses.append(train_epoch(ddpm, network, averaged, loader, optim, schedule, epoch))
         seconds = time.perf_counter() - start
+        # Weights from an earlier or later time than a fifth of the training guide less well.
+        if averaged.early is None and n_epochs <= 5 * (epoch + 1) < 5 * n_epochs:
+            averaged.early = copy.deepcopy(averaged.network)
         if first:
             info = {"flags": kept, "losses": losses}
             save(describe(averaged) | info, store_path)
@@ -625,7 +659,8 @@ def move_average(averaged, ddpm, step, decay=0.999):
     """Exponential moving average of the parameters: its images are better than the last step's."""
     # The first steps are forgotten faster, or a short training would average its own start.
     decay = min(decay, (1 + step) / (10 + step))
-    for old, new in zip(averaged.parameters(), ddpm.parameters(), strict=True):
+    networks = (averaged.network.parameters(), ddpm.network.parameters())
+    for old, new in zip(*networks, strict=True):
         old.lerp_(new, 1 - decay)
 
 
@@ -696,20 +731,22 @@ def generate_new_images(
     w=None,
     *,
     sample_steps=None,
+    guidance=guidance,
     variance=2,
     seed=SEED,
 ):
     """-> n_samples new images (n, c, h, w) in [-1, 1], the same ones for the same seed.
 
-    c, h, w default to ddpm.image_chw. sample_steps=None is the whole chain. gif_name=None writes no
-    GIF; otherwise it shows the first 100 images, from pure noise to what is returned, in
-    `frames_per_gif` frames (steps + 1 if that is fewer). Raises BadInput for numbers out of range.
+    c, h, w default to ddpm.image_chw. sample_steps=None is the whole chain; `guidance` is that of
+    MyDDPM.backward. gif_name=None writes no GIF; otherwise it shows the first 100 images, from
+    pure noise to what is returned, in `frames_per_gif` frames (steps + 1 if that is fewer). Raises
+    BadInput for numbers out of range.
     """
     device = ddpm.to(device or ddpm.device).device
     chw = [given or own for given, own in zip((c, h, w), ddpm.image_chw, strict=True)]
     steps = ddpm.n_steps if sample_steps is None else sample_steps
-    if n_samples < 1 or frames_per_gif < 2 or variance not in (1, 2):
-        raise BadInput("this needs n_samples >= 1, frames_per_gif >= 2 and variance 1 or 2")
+    if n_samples < 1 or frames_per_gif < 2 or guidance < 1 or variance not in (1, 2):
+        raise BadInput("n_samples and guidance start at 1, frames_per_gif at 2, variance is 1 or 2")
     if not 1 <= steps <= ddpm.n_steps:
         raise BadInput(f"sample_steps must be from 1 to n_steps, {ddpm.n_steps}")
     generator = torch.Generator(device).manual_seed(seed)
@@ -719,7 +756,7 @@ def generate_new_images(
     for first in range(0, n_samples, CHUNK):
         n = min(CHUNK, n_samples - first)
         noise = torch.randn(n, *chw, generator=generator, device=device)
-        for i, x in enumerate(reverse_process(ddpm, noise, steps, variance, generator)):
+        for i, x in enumerate(reverse_process(ddpm, noise, steps, guidance, variance, generator)):
             if gif_name and first == 0 and i in shown:
                 frames.append(tile(x[:GIF_IMAGES]))
             bar.update(i > 0)
@@ -734,7 +771,7 @@ def generate_new_images(
 
 
 @torch.no_grad()
-def reverse_process(ddpm, x, steps, variance, generator):
+def reverse_process(ddpm, x, steps, guidance, variance, generator):
     """Yields x_T, the given noise (n, c, h, w), and then x after each of the steps down to x_0.
 
     steps = n_steps is Algorithm 2 of [1] with x_0 clipped to [-1, 1]: the mean of the next x is
@@ -752,7 +789,9 @@ def reverse_process(ddpm, x, steps, variance, generator):
     yield x
     for t, t_next in zip(times, times[1:] + [None], strict=True):
         a, a_next = alpha_bars[t], 1.0 if t_next is None else alpha_bars[t_next]
-        eta_theta = in_shares(ddpm.backward, x, torch.full((len(x),), t, device=x.device))
+        # While x is nearly all noise, guidance only makes the images more alike.
+        guess = functools.partial(ddpm.backward, guidance=guidance if t < 0.6 * ddpm.n_steps else 1)
+        eta_theta = in_shares(guess, x, torch.full((len(x),), t, device=x.device))
         x0 = ((x - (1 - a) ** 0.5 * eta_theta) / a**0.5).clamp(-1, 1)
         if t_next is None:
             yield x0
@@ -860,7 +899,7 @@ def run(flags, device):
     images = load_images(flags.fashion, data_dir=flags.data_dir, device=device)
     loader = Batches(images[: flags.n_images], flags.batch_size)
     print(f"Using device: {device}" + f" ({world_size} processes)" * (world_size > 1))
-    print(f"Parameters: {sum(p.numel() for p in ddpm.parameters()):,}")
+    print(f"Parameters: {sum(p.numel() for p in ddpm.network.parameters()):,}")
 
     if rank == 0:
         torch.manual_seed(flags.SEED)
@@ -876,12 +915,28 @@ def run(flags, device):
         show_losses(losses, f"{path}_loss.png")
     gif_name = path.with_suffix(".gif") if rank == 0 else None
     gif = {"frames_per_gif": flags.frames_per_gif, "gif_name": gif_name}
-    how = {"sample_steps": flags.sample_steps, "variance": flags.variance, "seed": flags.SEED}
+    names = ["sample_steps", "guidance", "variance"]
+    how = {name: getattr(flags, name) for name in names} | {"seed": flags.SEED}
     generated = generate_new_images(ddpm, flags.n_samples, device, **gif, **how)
     if rank == 0:
         show_images(generated[:10], "Generated images", f"{path}_10.png")
         show_images(generated[:100], "Generated images", f"{path}_100.png")
-    print(f"Pictures are in {out_dir} ({time.perf_counter() - start:.0f} s)")
+    seconds = time.perf_counter() - start
+    if rank == 0 and not flags.no_train:
+        write_note(path.with_suffix(".txt"), flags, device, losses, seconds)
+    print(f"Pictures are in {out_dir} ({seconds:.0f} s)")
+
+
+def write_note(path, flags, device, losses, seconds):
+    """Writes into the text file `path` what made the weights and pictures beside it."""
+    versions = ", ".join(f"{module.__name__} {module.__version__}" for module in (torch, np))
+    lines = [f"# Python {platform.python_version()}, {versions}"]
+    lines += [f"# {device}, {torch.get_num_threads()} threads, {share()[1]} process(es)"]
+    lines += [f"# {seconds:.0f} seconds from the images to the pictures"]
+    lines += [f"{name} = {getattr(flags, name)!r}" for name in FLAGS if name[-4:] != "_dir"]
+    lines += ["losses = [" + ", ".join(f"{loss:.4f}" for loss in losses) + "]"]
+    with whole_file(path) as temporary:
+        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def prepare_folder(out_dir):
@@ -926,4 +981,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    main([] if "get_ipython" in globals() else None)  # a notebook's command line is not ours

@@ -8,6 +8,7 @@ that a change in the machine's speed meets both.
 import argparse
 import concurrent.futures
 import contextlib
+import copy
 import io
 import math
 import multiprocessing
@@ -98,15 +99,17 @@ class Plain(ddpm.MyDDPM):
         super().__init__(*args, **kwargs)
         self.to(memory_format=torch.contiguous_format)
 
-    def backward(self, x, t):
-        autocast = torch.autocast(x.device.type, enabled=False)
+    def backward(self, *args, **kwargs):
+        autocast = torch.autocast(self.device.type, enabled=False)
         with mock.patch.object(ddpm, "fast_precision", lambda device: autocast):
-            return super().backward(x, t)
+            return super().backward(*args, **kwargs)
 
 
 def untrained(kind=ddpm.MyDDPM):
     """-> new model; trained weights would be neither faster nor slower."""
-    return kind(ddpm.MyUNet(ddpm.n_steps), ddpm.n_steps, device=DEVICE)
+    model = kind(ddpm.MyUNet(ddpm.n_steps), ddpm.n_steps, device=DEVICE)
+    model.early = copy.deepcopy(model.network).requires_grad_(False)  # guides the drawing
+    return model
 
 
 def precision():
@@ -146,13 +149,13 @@ def training_runs(folder):
 
     def run_shipped(n):
         loader = ddpm.Batches(images[:n], BATCH)
-        optim = ddpm.Muon(shipped.parameters(), ddpm.lr)
+        optim = ddpm.Muon(shipped.network.parameters(), ddpm.lr)
         path = Path(folder, "shipped.pt")
         return seconds_of(ddpm.training_loop, shipped, loader, 1, optim, store_path=path)
 
     def run_plain(n):
         loader = DataLoader(Subset(data, range(n)), BATCH, shuffle=True)
-        return seconds_of(report_epoch, plain, loader, torch.optim.Adam(plain.parameters()))
+        return seconds_of(report_epoch, plain, loader, torch.optim.Adam(plain.network.parameters()))
 
     return run_shipped, run_plain
 
@@ -279,7 +282,7 @@ def part_train(args):
 
 
 def part_sample(args):
-    """Both programs with the fast sampler, and the shipped one with the whole chain, once."""
+    """Both programs with the fast sampler, guided as by default, and the shipped one with the whole chain, once."""
     n, steps, models = 100, args.sample_steps, [untrained().eval(), untrained(Plain).eval()]
     for model in models:
         draw(model, n, 2)  # the first call is slower
@@ -343,7 +346,12 @@ def worker(n, steps):
         images = ddpm.load_images(device=DEVICE)
         for count in (2 * BATCH, n):  # the first round warms up
             model = untrained()
-            job = (model, ddpm.Batches(images[:count], BATCH), 1, ddpm.Muon(model.parameters()))
+            job = (
+                model,
+                ddpm.Batches(images[:count], BATCH),
+                1,
+                ddpm.Muon(model.network.parameters()),
+            )
             path = Path(folder, "model.pt")
             training = count / seconds_of(ddpm.training_loop, *job, store_path=path)
             drawing = 100 / draw(model.eval(), 100, 2 if count < n else steps)
@@ -382,14 +390,14 @@ def main(argv=None):
     parser.add_argument("--part", choices=[*PARTS, "all"], default="all", help="(%(default)s)")
     parser.add_argument("--repeats", type=int, default=5, help="turns of each (%(default)s)")
     parser.add_argument("--seconds", type=float, default=8, help="a training turn (%(default)s)")
-    parser.add_argument("--sample-steps", type=int, default=50, help="fast sampler (%(default)s)")
+    parser.add_argument("--sample-steps", type=int, default=20, help="fast sampler (%(default)s)")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.worker:
         return worker(20 * BATCH, args.sample_steps)
     if args.repeats < 1 or args.seconds <= 0 or not 1 <= args.sample_steps < ddpm.n_steps:
         parser.error(f"repeats and seconds must be above 0, sample-steps 1 to {ddpm.n_steps - 1}")
-    count = sum(p.numel() for p in untrained().parameters())
+    count = sum(p.numel() for p in untrained().network.parameters())
     print(f"{processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     print(f"network: {count:,} parameters, {forward_flop() / 1e6:.1f} MFLOP an image (forward)")
     moved = (traffic(training) / 1e6 for training in (False, True))

@@ -123,10 +123,11 @@ def to_uint8(images):
     return ((images[:, 0].clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
-def generate(model, n, steps):
+def generate(model, n, steps, guidance):
     """-> (n, 28, 28) uint8, and the seconds it took."""
     start = time.perf_counter()
-    images = ddpm.generate_new_images(model, n, DEVICE, gif_name=None, sample_steps=steps)
+    how = {"gif_name": None, "sample_steps": steps, "guidance": guidance}
+    images = ddpm.generate_new_images(model, n, DEVICE, **how)
     return to_uint8(images).cpu(), time.perf_counter() - start
 
 
@@ -197,7 +198,7 @@ class Judge:
 
     @torch.no_grad()
     def row(self, name, images, steps="", seconds=None, with_feats=True, with_nearest=True):
-        """Print one row of the table for (n, 28, 28) uint8 images."""
+        """Print one row of the table for (n, 28, 28) uint8 images. -> its FID, and the floor."""
         feats = features(self.net, images)
         found = shares(self.net, feats)
         off = (found - self.test_shares).abs().sum().item() / 2
@@ -216,6 +217,7 @@ class Judge:
             + (f"{seconds:7.1f}" if seconds is not None else f"{'-':>7}")
         )
         print(line.replace("nan", "  -"), flush=True)
+        return fid, self.floor
 
 
 def main(argv=None):
@@ -223,6 +225,8 @@ def main(argv=None):
     parser.add_argument("weights", nargs="*", type=Path, help="default: those in outputs/")
     parser.add_argument("--n", type=int, default=10_000, help="images a row (%(default)s)")
     parser.add_argument("--sample-steps", type=int, nargs="+", help="a row each (the flag's)")
+    parser.add_argument("--guidance", type=float, default=ddpm.guidance, help="(%(default)s)")
+    parser.add_argument("--note", action="store_true", help="add the FID to the weights' .txt")
     parser.add_argument("--images", type=Path, help="uint8 images to measure, .npy: (n, 28, 28)")
     parser.add_argument("--fashion", action="store_true", help="--images are of Fashion-MNIST")
     args = parser.parse_args(argv)
@@ -244,8 +248,12 @@ def main(argv=None):
         if fashion not in judges:
             judges[fashion] = Judge(fashion, args.n)
         for steps in args.sample_steps or [ddpm.sample_steps]:
-            images, seconds = generate(model, args.n, steps)
-            judges[fashion].row(path.name, images, steps, seconds)
+            images, seconds = generate(model, args.n, steps, args.guidance)
+            figures = judges[fashion].row(path.name, images, steps, seconds)
+            if args.note:
+                with path.with_suffix(".txt").open("a", encoding="utf-8") as note:
+                    note.write(f"# {args.n:,} images, {steps} steps, guidance {args.guidance:g}: ")
+                    note.write("FID {:.3f}, floor {:.3f}\n".format(*figures))
     print(LEGEND)
 
 

@@ -103,7 +103,9 @@ def test_end_to_end_and_again_without_training(name, tmp_path, without_network):
     answer = run(script, *flags, cwd=cwd, env=without_network)
     assert answer.returncode == 0, answer.stderr
     assert "Using device: c" in answer.stdout
-    parameters = sum(p.numel() for p in ddpm.load_model(out_dir / f"{name}.pt").parameters())
+    parameters = sum(
+        p.numel() for p in ddpm.load_model(out_dir / f"{name}.pt").network.parameters()
+    )
     assert f"{parameters:,}" in answer.stdout
     assert re.search(r"Loss at epoch 1: \d\.\d+", answer.stdout)
     assert files(cwd) == []
@@ -196,6 +198,7 @@ BAD_INPUT = {
     "sample_steps 0": ["--sample-steps", "0"],
     "n_images 60001": ["--n-images", "60001"],
     "variance 3": ["--variance", "3"],
+    "guidance 0.5": ["--guidance", "0.5"],
     "n_samples 0": ["--n-samples", "0"],
     "frames_per_gif 1": ["--frames-per-gif", "1"],
     "SEED negative": ["--seed", "-1"],

@@ -153,13 +153,15 @@ def test_sampling_does_not_wait(whole_chain, variance, strict):
     """The host asks for no number in the loop over the steps, and sends none."""
     waits = []
     for n_steps in (6, 12):
-        model = ddpm.MyDDPM(ddpm.MyUNet(n_steps), n_steps, device=META)
+        model = ddpm.MyDDPM(ddpm.MyUNet(n_steps), n_steps)
+        model.early = ddpm.MyUNet(n_steps)
+        model.to(META)
         noise, steps = (
             torch.randn(3, 1, 28, 28, device=META),
             n_steps if whole_chain else n_steps // 2,
         )
         strict.waits = 0
-        seen = list(ddpm.reverse_process(model, noise, steps, variance, None))
+        seen = list(ddpm.reverse_process(model, noise, steps, 2, variance, None))
         assert len(seen) == steps + 1
         assert {(x.device, x.dtype, x.shape) for x in seen} == {(META, torch.float32, noise.shape)}
         waits.append(strict.waits)

@@ -126,7 +126,7 @@ def test_every_reverse_step_is_the_posterior(images, knows, variance, contrast):
     # No noise is drawn but that of the steps, so a generator with the same seed gives it again.
     generator, same = torch.Generator().manual_seed(3), torch.Generator().manual_seed(3)
     x_T = torch.randn(x0.shape, generator=torch.Generator().manual_seed(4))
-    chain = ddpm.reverse_process(knows(x0, *schedule), x_T, n_steps, variance, generator)
+    chain = ddpm.reverse_process(knows(x0, *schedule), x_T, n_steps, 1, variance, generator)
     x = next(chain)
     assert torch.equal(x, x_T)
     for t in range(n_steps - 1, 0, -1):
@@ -188,3 +188,47 @@ def test_network_hears_the_step_of_each_image(trained, images):
             m.backward(x[i : i + 1], t[i : i + 1])[0], out[i], rtol=0, atol=0.05
         )
     assert (out[0] - out[2]).abs().mean() > 0.1 and (out[0] - out[3]).abs().mean() > 0.03
+
+
+class Scales(nn.Module):
+    def __init__(self, factor):
+        super().__init__()
+        self.factor = nn.Parameter(torch.tensor(factor))
+
+    def forward(self, x, t):
+        return self.factor * x
+
+
+@pytest.mark.parametrize("guidance, factor", [(1, 5.0), (1.5, 6.0), (2, 7.0), (4, 11.0)])
+def test_guidance_goes_on_from_the_early_guess_through_the_last(images, guidance, factor):
+    m, x, t = ddpm.MyDDPM(Scales(5.0)), images[:3], torch.zeros(3).long()
+    assert torch.equal(m.backward(x, t, guidance), 5 * x)  # no early weights are known
+    m.early = Scales(3.0)
+    torch.testing.assert_close(m.backward(x, t, guidance), factor * x)
+    other = ddpm.MyDDPM(Scales(0.0))
+    other.load_state_dict(m.state_dict())
+    torch.testing.assert_close(other.backward(x, t, guidance), factor * x)
+
+
+@pytest.mark.parametrize("steps", [10, 1000])
+def test_guidance_leaves_the_start_alone(images, steps):
+    """Above 0.6 T the early network is not asked, below it is, with the step and x of the last."""
+
+    class Notes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.seen = {}
+
+        def forward(self, x, t):
+            self.seen[t[0].item()] = x
+            return 0.1 * x
+
+    m = ddpm.MyDDPM(Notes())
+    m.early = Notes()
+    list(ddpm.reverse_process(m, images[:2], steps, 2, 2, None))
+    last, early = m.network.seen, m.early.seen
+    assert len(last) == steps and set(early) == {t for t in last if t < 600}
+    assert all(torch.equal(last[t], early[t]) for t in early)
+    early.clear()
+    list(ddpm.reverse_process(m, images[:2], steps, 1, 2, None))
+    assert not early

@@ -183,6 +183,7 @@ def test_trained_network_draws_in_the_range(trained):
         {"sample_steps": -1},
         {"sample_steps": 0},
         {"sample_steps": 31},
+        {"guidance": 0.9},
     ],
 )
 def test_bad_numbers_are_refused(mean, tmp_path, bad):

@@ -46,7 +46,9 @@ def test_weights_file_alone_rebuilds_the_model(trained, images, tmp_path):
     assert loaded.betas[-1].item() == pytest.approx(0.03)
     t = torch.linspace(0, 999, 16).long()
     with torch.no_grad():
-        assert torch.equal(loaded.backward(images[:16], t), model.backward(images[:16], t))
+        for guidance in (1, 3):
+            guesses = [m.backward(images[:16], t, guidance) for m in (loaded, model)]
+            assert torch.equal(*guesses)
     assert loaded.info["losses"] == losses
     assert loaded.info["flags"] == {"SEED": 0, "batch_size": 32}
 
@@ -139,6 +141,9 @@ def test_resumed_training_equals_an_unbroken_one(train, digits, unbroken, tmp_pa
     with pytest.raises(KeyboardInterrupt):
         train(digits[:320], store_path, wrap=Breaks)
     first = ddpm.load_model(store_path)  # the whole first epoch can be used
+    early = ddpm.load_model(unbroken[0]).early  # and is the part of the training that guides
+    for name, weights in first.network.state_dict().items():
+        assert torch.equal(weights, early.state_dict()[name])
     assert first.info["losses"] == unbroken[1][:1]
     torch.rand(5)
     _, losses = train(digits[:320], store_path, resume=True)
