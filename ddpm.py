@@ -489,6 +489,10 @@ class MyUNet(nn.Module):
 
 
 # %% Training: guess the noise
+# Progress bars are for a terminal (None: only there) or a notebook.
+NO_BAR = False if "ipykernel" in sys.modules else None
+
+
 class Muon(torch.optim.Optimizer):
     """Muon [6] for matrices, at the learning rate lr; Adam [7] for the rest, at lr / 10.
 
@@ -573,7 +577,7 @@ def training_loop(
     network = ddpm.network
     if distributed.is_initialized():
         network = DistributedDataParallel(network, forward_sync_buffers=False)
-    for epoch in tqdm(range(len(losses), n_epochs), "Training", disable=None):
+    for epoch in tqdm(range(len(losses), n_epochs), "Training", disable=NO_BAR):
         # Randomness depends on seed and epoch alone: a resumed run equals an unbroken one.
         torch.manual_seed(1_000_003 * flags.get("SEED", SEED) + epoch)
         start = time.perf_counter()
@@ -604,7 +608,7 @@ def train_epoch(ddpm, network, averaged, loader, optim, schedule, epoch):
     `network` is that of `ddpm`, or wraps it to average its gradients over all processes.
     """
     losses, norms, sizes = torch.zeros(3, len(loader), device=ddpm.device)
-    kind = {"desc": f"Epoch {epoch + 1}", "unit": " images", "leave": False, "disable": None}
+    kind = {"desc": f"Epoch {epoch + 1}", "unit": " images", "leave": False, "disable": NO_BAR}
     bar = tqdm(total=len(loader.dataset), **kind)
     for i, batch in enumerate(loader):
         x0 = batch[0].to(ddpm.device)
@@ -752,7 +756,7 @@ def generate_new_images(
     generator = torch.Generator(device).manual_seed(seed)
     shown = set(np.linspace(0, steps, min(frames_per_gif, steps + 1)).round().astype(int).tolist())
     frames, images = [], []
-    bar = tqdm(total=steps * math.ceil(n_samples / CHUNK), desc="Sampling", disable=None)
+    bar = tqdm(total=steps * math.ceil(n_samples / CHUNK), desc="Sampling", disable=NO_BAR)
     for first in range(0, n_samples, CHUNK):
         n = min(CHUNK, n_samples - first)
         noise = torch.randn(n, *chw, generator=generator, device=device)

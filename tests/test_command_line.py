@@ -111,7 +111,7 @@ def test_end_to_end_and_again_without_training(name, tmp_path, without_network):
     assert files(cwd) == []
     pictures = {f"{name}{end}" for end in ("_first_batch.png", "_forward.png", "_loss.png", ".gif")}
     pictures |= {f"{name}_10.png", f"{name}_100.png"}
-    assert pictures | {f"{name}.pt"} <= {path.name for path in files(out_dir)}
+    assert pictures | {f"{name}.pt", f"{name}.txt"} <= {path.name for path in files(out_dir)}
     assert not any(path.name.startswith(".") for path in files(out_dir))
     for picture in pictures:
         with Image.open(out_dir / picture) as image:
