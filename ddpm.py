@@ -588,9 +588,7 @@ def training_loop(
             averaged.early = copy.deepcopy(averaged.network)
         if first:
             info = {"flags": kept, "losses": losses}
-            save(describe(averaged) | info, store_path)
-            state = {"current": ddpm.state_dict(), "averaged": averaged.state_dict()}
-            save(state | {"optim": optim.state_dict()} | info, state_path)
+            store(store_path, state_path, ddpm, averaged, optim, info)
         speed = f"{seconds:.0f} s, {len(loader.dataset) / seconds:.0f} images/s"
         tqdm.write(f"Loss at epoch {epoch + 1}: {losses[-1]:.4f} ({speed}, stored in {store_path})")
         sys.stdout.flush()
@@ -668,6 +666,15 @@ def move_average(averaged, ddpm, step, decay=0.999):
         old.lerp_(new, 1 - decay)
 
 
+def store(store_path, state_path, ddpm, averaged, optim, info):
+    """Writes the averaged weights, from which `load_model` rebuilds all, and what `restore` needs."""
+    settings = getattr(ddpm.network, "settings", None)
+    content = {"weights": averaged.state_dict(), "network": settings, "n_steps": ddpm.n_steps}
+    save(content | {"image_chw": ddpm.image_chw} | info, store_path)
+    state = {"current": ddpm.state_dict(), "averaged": averaged.state_dict()}
+    save(state | {"optim": optim.state_dict()} | info, state_path)
+
+
 def restore(state_path, ddpm, averaged, optim, n_epochs, flags):
     """Puts network, average and optimizer back to the last finished epoch. -> losses so far."""
     state = load(state_path, ddpm.device)
@@ -694,13 +701,6 @@ def compare_flags(path, stored, given, names):
                 f"{path} was trained with {name} = {stored.get(name)}, not {given.get(name)}: "
                 "give the same flags, or train anew (without --no-train and --resume)"
             )
-
-
-def describe(ddpm):
-    """-> dict of all that `load_model` needs to rebuild the model."""
-    settings = getattr(ddpm.network, "settings", None)
-    content = {"weights": ddpm.state_dict(), "network": settings, "n_steps": ddpm.n_steps}
-    return content | {"image_chw": ddpm.image_chw}
 
 
 def load_model(store_path, device=None):
@@ -767,10 +767,7 @@ def generate_new_images(
         images.append(x)
     bar.close()
     if gif_name:
-        durations = [500] + [40] * (len(frames) - 2) + [3000]  # ms: it rests on noise and images
-        how = {"extension": ".gif", "duration": durations, "loop": 0, "optimize": False}
-        with whole_file(gif_name) as temporary:
-            imageio.imwrite(temporary, frames, **how)
+        write_gif(frames, gif_name)
     return torch.cat(images)
 
 
@@ -782,6 +779,7 @@ def reverse_process(ddpm, x, steps, guidance, variance, generator):
     that of q(x_{t-1} | x_t, x_0), eq. 6 and 7, and `variance` tells its noise. Fewer steps are
     larger ones of the same kind, always with beta-tilde, towards an x_0 extrapolated from the last
     two guesses: jumping over t is of [2], section 4.2, the extrapolation of SDE-DPM-Solver++(2M) [3].
+    `guidance`, that of MyDDPM.backward, begins at 0.6 n_steps.
     """
     # In float64 on the host: the loop never waits for the device.
     alpha_bars = (1 - ddpm.betas.cpu().double()).cumprod(0).tolist()
@@ -814,6 +812,14 @@ def reverse_process(ddpm, x, steps, guidance, variance, generator):
 
 
 # %% Figures: one grey scale, -1 is black and 1 is white
+def write_gif(frames, path):
+    """Writes uint8 frames (h, w), or (h, w, 3), as a GIF that rests on the first and the last."""
+    durations = [500] + [40] * (len(frames) - 2) + [3000]  # in ms
+    how = {"extension": ".gif", "duration": durations, "loop": 0, "optimize": False}
+    with whole_file(path) as temporary:
+        imageio.imwrite(temporary, frames, **how)
+
+
 def tile(images, gap=0):
     """Images (n, c, h, w) in [-1, 1] -> uint8 array (rows * h, columns * w), c behind if c > 1.
 
