@@ -199,7 +199,7 @@ def load(path, device=None):
     if data[-34:-32] != b"\x20\0" or hashlib.sha256(body).digest() != digest:
         raise BadInput(f"{path} is damaged, or not written by ddpm.py: delete it and train again")
     try:
-        return torch.load(io.BytesIO(data), map_location=device, weights_only=True)
+        return torch.load(io.BytesIO(data), map_location=device or "cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise BadInput(f"{path} holds code, which is not run: delete it and train again") from None
 
@@ -355,6 +355,8 @@ class MyDDPM(nn.Module):
         self.n_steps = n_steps
         self.image_chw = tuple(image_chw)
         betas, alphas, alpha_bars = linear_schedule(n_steps, min_beta, max_beta)
+        if not (alpha_bars[0] < 1 and alpha_bars[-1] >= torch.finfo().tiny):
+            raise BadInput("min_beta is too small for numbers, or n_steps or max_beta too large")
         self.register_buffer("betas", betas.float())
         self.register_buffer("alphas", alphas.float())
         self.register_buffer("alpha_bars", alpha_bars.float())
@@ -385,11 +387,11 @@ class MyDDPM(nn.Module):
             return eta_theta
         return self.early(x, t).lerp(eta_theta, guidance)
 
-    def load_state_dict(self, state, **how):
-        """Loads what `state_dict` gave, with or without early weights."""
-        if self.early is None and any(name.startswith("early.") for name in state):
-            self.early = copy.deepcopy(self.network).requires_grad_(False)
-        return super().load_state_dict(state, **how)
+    def load_state_dict(self, state_dict, *args, **kwargs):
+        """Loads what `state_dict` gave: early weights are there afterwards if they were then."""
+        known = any(name.startswith("early.") for name in state_dict)
+        self.early = copy.deepcopy(self.network).requires_grad_(False) if known else None
+        return super().load_state_dict(state_dict, *args, **kwargs)
 
 
 # %% Network: a UNet that is told the step
@@ -533,7 +535,8 @@ class Muon(torch.optim.Optimizer):
 def orthogonalize(matrices):
     """(k, m, n) -> (k, m, n): all singular values become about 1, by five Newton-Schulz steps [6].
 
-    Each step multiplies by a polynomial of X X^T. These small square matrices are all it works on.
+    Each step multiplies by a polynomial of X X^T: the steps multiply these small square matrices,
+    and only their product meets X.
     """
     wide = matrices if matrices.shape[1] <= matrices.shape[2] else matrices.mT
     wide = wide / (wide.norm(dim=(1, 2), keepdim=True) + 1e-7)
@@ -561,6 +564,7 @@ def training_loop(
     store_path = Path(store_path)
     state_path = store_path.with_name(f"{store_path.stem}_state.pt")
     ddpm.to(device or ddpm.device).train()
+    ddpm.early = None  # that of another training
     averaged = copy.deepcopy(ddpm).requires_grad_(False).eval()
     first, losses = share()[0] == 0, []
     if flags.get("resume"):
@@ -584,7 +588,7 @@ def training_loop(
         losses.append(train_epoch(ddpm, network, averaged, loader, optim, schedule, epoch))
         seconds = time.perf_counter() - start
         # Weights from an earlier or later time than a fifth of the training guide less well.
-        if averaged.early is None and n_epochs <= 5 * (epoch + 1) < 5 * n_epochs:
+        if averaged.early is None and n_epochs / 5 <= epoch + 1 < n_epochs:
             averaged.early = copy.deepcopy(averaged.network)
         if first:
             info = {"flags": kept, "losses": losses}
@@ -652,7 +656,7 @@ def guess_the_noise(ddpm, network, x0):
     eta = torch.randn_like(x0)
     x0, t, eta = (tensor[rank::world_size] for tensor in (x0, t, eta))
     errors = (network(ddpm(x0, t, eta), t) - eta).square().mean((1, 2, 3)) * world_size / n
-    # Late steps decide the shape of an image but are the easy ones: they count for more.
+    # Late steps decide the shape of an image, but their errors are small: they count for more.
     return (errors * ddpm.alpha_bars[t] ** -0.5).sum(), errors.detach().sum()
 
 
@@ -736,7 +740,7 @@ def generate_new_images(
     *,
     sample_steps=None,
     guidance=guidance,
-    variance=2,
+    variance=variance,
     seed=SEED,
 ):
     """-> n_samples new images (n, c, h, w) in [-1, 1], the same ones for the same seed.

@@ -189,6 +189,8 @@ BAD_INPUT = {
     "min_beta = max_beta": ["--min-beta", "0.02"],
     "min_beta > max_beta": ["--min-beta", "0.03"],
     "min_beta 0": ["--min-beta", "0"],
+    "min_beta lost in rounding": ["--min-beta", "1e-20"],
+    "too much noise for float32": ["--max-beta", "0.5"],
     "max_beta 1": ["--max-beta", "1"],
     "lr negative": ["--lr", "-0.001"],
     "lr nan": ["--lr", "nan"],

@@ -151,6 +151,25 @@ def test_resumed_training_equals_an_unbroken_one(train, digits, unbroken, tmp_pa
     assert store_path.read_bytes() == unbroken[0].read_bytes()
 
 
+def test_one_model_trained_again_forgets_the_old_early_weights(digits, tmp_path):
+    """In a notebook the same object is trained again, or on: as a new one would be."""
+
+    def go(model, name, n_epochs, resume=False):
+        optim = torch.optim.SGD(model.parameters(), 0.01)
+        loader, flags = ddpm.Batches(digits[:64], 32), {"resume": resume}
+        ddpm.training_loop(model, loader, n_epochs, optim, store_path=tmp_path / name, flags=flags)
+
+    torch.manual_seed(0)
+    model = ddpm.MyDDPM(Sees(), 100, 1e-3, 0.1)
+    go(model, "a.pt", 2)
+    first = model.early.conv.weight.clone()
+    go(model, "b.pt", 2)
+    assert not torch.equal(model.early.conv.weight, first)
+    go(model, "b.pt", 3, resume=True)
+    model.load_state_dict(ddpm.MyDDPM(Sees(), 100).state_dict(), True)
+    assert model.early is None
+
+
 def test_every_epoch_has_its_own_order_and_noise(digits, tmp_path):
     class Notes(Sees):
         def forward(self, x, t):
