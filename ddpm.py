@@ -356,7 +356,9 @@ class MyDDPM(nn.Module):
         self.image_chw = tuple(image_chw)
         betas, alphas, alpha_bars = linear_schedule(n_steps, min_beta, max_beta)
         if not (alpha_bars[0] < 1 and alpha_bars[-1] >= torch.finfo().tiny):
-            raise BadInput("min_beta is too small for numbers, or n_steps or max_beta too large")
+            raise BadInput(
+                "no float32 holds alpha_bars: raise min_beta, or lower n_steps or max_beta"
+            )
         self.register_buffer("betas", betas.float())
         self.register_buffer("alphas", alphas.float())
         self.register_buffer("alpha_bars", alpha_bars.float())
@@ -571,13 +573,7 @@ def training_loop(
         losses = restore(state_path, ddpm, averaged, optim, n_epochs, kept)
     elif first:
         state_path.unlink(missing_ok=True)  # or a later resume might go on with an old training
-    total = n_epochs * len(loader)
-    # The learning rate: up to its peak in 200 steps, then straight down to 0.
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optim,
-        lambda step: min((step + 1) / 200, 1) * max(1 - step / total, 0),
-        last_epoch=len(losses) * len(loader) - 1,
-    )
+    schedule = warm_up_and_down(optim, n_epochs * len(loader), len(losses) * len(loader))
     network = ddpm.network
     if distributed.is_initialized():
         network = DistributedDataParallel(network, forward_sync_buffers=False)
@@ -591,17 +587,24 @@ def training_loop(
         if averaged.early is None and n_epochs / 5 <= epoch + 1 < n_epochs:
             averaged.early = copy.deepcopy(averaged.network)
         if first:
-            info = {"flags": kept, "losses": losses}
-            store(store_path, state_path, ddpm, averaged, optim, info)
+            store(store_path, state_path, ddpm, averaged, optim, flags=kept, losses=losses)
         speed = f"{seconds:.0f} s, {len(loader.dataset) / seconds:.0f} images/s"
         tqdm.write(f"Loss at epoch {epoch + 1}: {losses[-1]:.4f} ({speed}, stored in {store_path})")
         sys.stdout.flush()
         if display:
-            steps = min(20, ddpm.n_steps)
-            images = generate_new_images(averaged, gif_name=None, sample_steps=steps)
-            show_images(images, f"After epoch {epoch + 1}")
+            how = {"gif_name": None, "sample_steps": min(20, ddpm.n_steps)}
+            show_images(generate_new_images(averaged, **how), f"After epoch {epoch + 1}")
     ddpm.load_state_dict(averaged.state_dict())
     return losses
+
+
+def warm_up_and_down(optim, total, done):
+    """-> scheduler: up to the learning rate in 200 steps, straight down to 0 at step `total`."""
+
+    def factor(step):
+        return min((step + 1) / 200, 1) * max(1 - step / total, 0)
+
+    return torch.optim.lr_scheduler.LambdaLR(optim, factor, last_epoch=done - 1)
 
 
 def train_epoch(ddpm, network, averaged, loader, optim, schedule, epoch):
@@ -629,12 +632,12 @@ def train_epoch(ddpm, network, averaged, loader, optim, schedule, epoch):
             good = norms[: i + 1].isfinite()
             # The last step may have spoiled the weights: they are tried before they are stored.
             if last:
-                good[i] &= (
-                    averaged.backward(x0, torch.zeros_like(x0[:, 0, 0, 0]).long()).isfinite().all()
-                )
+                t = torch.zeros(len(x0), dtype=torch.long, device=x0.device)
+                good[i] &= averaged.backward(x0, t).isfinite().all()
             if not good.all():
-                text = f"the loss is not finite in epoch {epoch + 1}, step {good.tolist().index(0) + 1}"
-                raise FloatingPointError(f"{text}: try a lower lr (the last good weights are kept)")
+                where = f"epoch {epoch + 1}, step {good.tolist().index(0) + 1}"
+                text = f"the loss is not finite in {where}: try a lower lr"
+                raise FloatingPointError(f"{text} (the last good weights are kept)")
             bar.set_postfix(loss=f"{losses[i].item():.4f}", refresh=False)
     bar.close()
     if distributed.is_initialized():
@@ -670,8 +673,8 @@ def move_average(averaged, ddpm, step, decay=0.999):
         old.lerp_(new, 1 - decay)
 
 
-def store(store_path, state_path, ddpm, averaged, optim, info):
-    """Writes the averaged weights, from which `load_model` rebuilds all, and what `restore` needs."""
+def store(store_path, state_path, ddpm, averaged, optim, **info):
+    """Writes the averaged weights, all that `load_model` needs, and what `restore` needs."""
     settings = getattr(ddpm.network, "settings", None)
     content = {"weights": averaged.state_dict(), "network": settings, "n_steps": ddpm.n_steps}
     save(content | {"image_chw": ddpm.image_chw} | info, store_path)
@@ -715,7 +718,8 @@ def load_model(store_path, device=None):
     content = load(store_path, device)
     try:
         network = MyUNet(**content["network"])
-        ddpm = MyDDPM(network, content["n_steps"], device=device, image_chw=content["image_chw"])
+        schedule = content["n_steps"], *content["weights"]["betas"][[0, -1]].tolist()
+        ddpm = MyDDPM(network, *schedule, device, content["image_chw"])
         ddpm.load_state_dict(content["weights"])
         ddpm.info = {"flags": content["flags"], "losses": content["losses"]}
     except (KeyError, TypeError, RuntimeError):
@@ -782,7 +786,7 @@ def reverse_process(ddpm, x, steps, guidance, variance, generator):
     steps = n_steps is Algorithm 2 of [1] with x_0 clipped to [-1, 1]: the mean of the next x is
     that of q(x_{t-1} | x_t, x_0), eq. 6 and 7, and `variance` tells its noise. Fewer steps are
     larger ones of the same kind, always with beta-tilde, towards an x_0 extrapolated from the last
-    two guesses: jumping over t is of [2], section 4.2, the extrapolation of SDE-DPM-Solver++(2M) [3].
+    two guesses: jumping over t is of [2, sec. 4.2], the extrapolation of SDE-DPM-Solver++(2M) [3].
     `guidance`, that of MyDDPM.backward, begins at 0.6 n_steps.
     """
     # In float64 on the host: the loop never waits for the device.
@@ -914,7 +918,6 @@ def run(flags, device):
     loader = Batches(images[: flags.n_images], flags.batch_size)
     print(f"Using device: {device}" + f" ({world_size} processes)" * (world_size > 1))
     print(f"Parameters: {sum(p.numel() for p in ddpm.network.parameters()):,}")
-
     if rank == 0:
         torch.manual_seed(flags.SEED)
         show_first_batch(loader, f"{path}_first_batch.png")
@@ -928,10 +931,9 @@ def run(flags, device):
     if rank == 0:
         show_losses(losses, f"{path}_loss.png")
     gif_name = path.with_suffix(".gif") if rank == 0 else None
-    gif = {"frames_per_gif": flags.frames_per_gif, "gif_name": gif_name}
-    names = ["sample_steps", "guidance", "variance"]
+    names = ["n_samples", "frames_per_gif", "sample_steps", "guidance", "variance"]
     how = {name: getattr(flags, name) for name in names} | {"seed": flags.SEED}
-    generated = generate_new_images(ddpm, flags.n_samples, device, **gif, **how)
+    generated = generate_new_images(ddpm, device=device, gif_name=gif_name, **how)
     if rank == 0:
         show_images(generated[:10], "Generated images", f"{path}_10.png")
         show_images(generated[:100], "Generated images", f"{path}_100.png")
@@ -947,7 +949,7 @@ def write_note(path, flags, device, losses, seconds):
     lines = [f"# Python {platform.python_version()}, {versions}"]
     lines += [f"# {device}, {torch.get_num_threads()} threads, {share()[1]} process(es)"]
     lines += [f"# {seconds:.0f} seconds from the images to the pictures"]
-    lines += [f"{name} = {getattr(flags, name)!r}" for name in FLAGS if name[-4:] != "_dir"]
+    lines += [f"{name} = {getattr(flags, name)!r}" for name in FLAGS if not name.endswith("_dir")]
     lines += ["losses = [" + ", ".join(f"{loss:.4f}" for loss in losses) + "]"]
     with whole_file(path) as temporary:
         temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")

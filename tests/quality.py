@@ -232,6 +232,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if not 100 <= args.n <= 60_000:
         parser.error("--n must be within 100..60000")
+    if not args.guidance >= 1:
+        parser.error("--guidance must be at least 1")
     if args.images:
         images = torch.from_numpy(np.load(args.images))
         if images.dtype != torch.uint8 or images.shape[1:] != (28, 28):

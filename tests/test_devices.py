@@ -170,7 +170,7 @@ def test_sampling_does_not_wait(whole_chain, variance, strict):
 
 def test_whole_program(strict, tmp_path):
     """Everything between the archive and the pictures finds the device."""
-    argv = ["--n-images", "40", "--batch-size", "16", "--n-epochs", "1", "--n-samples", "5"]
+    argv = ["--n-images", "40", "--batch-size", "16", "--n-epochs", "2", "--n-samples", "5"]
     argv += ["--sample-steps", "3", "--out-dir", str(tmp_path)]
     ddpm.run(ddpm.read_flags(argv), META)
     names = {path.name for path in tmp_path.iterdir()}

@@ -9,7 +9,6 @@ import nbclient
 import nbformat
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 import ddpm
@@ -108,7 +107,6 @@ def test_shipped_images_come_from_the_shipped_weights(shipped, tmp_path):
 def test_cells_run_in_a_fresh_kernel(tmp_path):
     """As a notebook: pictures and progress bars in it, and the last cell runs the job."""
     notebook = jupytext.reads(SOURCE, fmt="py:percent")
-    titles = [cell.source.splitlines()[0] for cell in notebook.cells]
     tiny = {"n_epochs": 1, "n_images": 300, "n_samples": 4, "sample_steps": 3}
     tiny |= {"frames_per_gif": 3, "out_dir": str(tmp_path)}
     place = next(i for i, cell in enumerate(notebook.cells) if "\nn_epochs = " in cell.source)
@@ -119,9 +117,7 @@ def test_cells_run_in_a_fresh_kernel(tmp_path):
     shown = [
         output.get("data", {}) for cell in notebook.cells for output in cell.get("outputs", [])
     ]
-    assert sum("image/png" in data for data in shown) == 5, titles
+    assert sum("image/png" in data for data in shown) == 5
     assert sum("application/vnd.jupyter.widget-view+json" in data for data in shown) >= 3
-    assert notebook.cells[-1].outputs and ddpm.load_model(tmp_path / "mnist.pt").info["losses"]
-    model = ddpm.load_model(tmp_path / "mnist.pt")
-    assert torch.isfinite(torch.tensor(model.info["losses"])).all()
-    assert (tmp_path / "mnist.gif").exists()
+    assert notebook.cells[-1].outputs and (tmp_path / "mnist.gif").exists()
+    assert len(ddpm.load_model(tmp_path / "mnist.pt").info["losses"]) == 1

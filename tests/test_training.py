@@ -53,6 +53,15 @@ def test_weights_file_alone_rebuilds_the_model(trained, images, tmp_path):
     assert loaded.info["flags"] == {"SEED": 0, "batch_size": 32}
 
 
+def test_a_long_schedule_of_small_steps_comes_back(digits, tmp_path):
+    """10,000 of the default steps would leave nothing of an image; these leave as much as 1000."""
+    schedule, store_path = (1e-5, 2e-3), tmp_path / "weights.pt"
+    model = ddpm.MyDDPM(ddpm.MyUNet(10_000, 16, betas=schedule), 10_000, *schedule)
+    optim = torch.optim.SGD(model.parameters(), 0.01)
+    ddpm.training_loop(model, ddpm.Batches(digits[:32]), 1, optim, store_path=store_path)
+    assert torch.equal(ddpm.load_model(store_path).betas, model.betas)
+
+
 def test_weights_file_holds_no_code(trained):
     content = torch.load(trained[2], weights_only=True)
     assert content["losses"] == trained[1]
