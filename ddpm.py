@@ -1,8 +1,8 @@
 # /// script
 # requires-python = ">=3.10"
 # dependencies = [
-#     "torch>=2.14",
-#     "torchvision>=0.29",
+#     "torch>=2.9",
+#     "torchvision>=0.24",
 #     "numpy>=2.0",
 #     "matplotlib>=3.9",
 #     "einops>=0.8",
@@ -17,41 +17,28 @@
     python ddpm.py --no-train   draw from the weights in outputs/, without training
     python ddpm.py --help       all flags
 
-To be read from top to bottom: flags, data, diffusion, network, training, sampling, figures, main.
+To be read from top to bottom: flags, data, diffusion, network, training, sampling, pictures, and
+last the plumbing that a program needs around them.
 
 [1] Ho, Jain, Abbeel: Denoising Diffusion Probabilistic Models, 2020, arXiv 2006.11239
-[2] Song, Meng, Ermon: Denoising Diffusion Implicit Models, 2021, arXiv 2010.02502
-[3] Lu et al.: DPM-Solver++, 2022, arXiv 2211.01095
+[2] Ho, Salimans: Classifier-Free Diffusion Guidance, 2022, arXiv 2207.12598
+[3] Salimans, Ho: Progressive Distillation, 2022, arXiv 2202.00512 (the prediction of v)
 [4] Ronneberger, Fischer, Brox: U-Net, 2015, arXiv 1505.04597
-[5] Vaswani et al.: Attention Is All You Need, 2017, arXiv 1706.03762
+[5] Vaswani et al.: Attention Is All You Need, 2017, arXiv 1706.03762 (the time embedding)
 [6] Jordan et al.: Muon, 2024, kellerjordan.github.io/posts/muon
-[7] Kingma, Ba: Adam, 2015, arXiv 1412.6980
-[8] Salimans, Ho: Progressive Distillation, 2022, arXiv 2202.00512 (the guess of v)
-[9] Karras et al.: Guiding a Diffusion Model with a Bad Version of Itself, 2024, arXiv 2406.02507
+[7] Song, Meng, Ermon: Denoising Diffusion Implicit Models, 2021, arXiv 2010.02502
 """
 
 # %% Imports
 import argparse
-import ast
-import contextlib
-import copy
-import datetime
-import functools
-import gzip
-import hashlib
 import io
-import math
+import itertools
 import os
-import pickle
-import platform
-import re
-import signal
 import sys
-import tempfile
-import time
+import zipfile
+from contextlib import contextmanager
 from pathlib import Path
 
-import einops
 import imageio.v3 as imageio
 import matplotlib.pyplot as plt
 import numpy as np
@@ -59,283 +46,88 @@ import torch
 from einops.layers.torch import Rearrange
 from torch import distributed, nn
 from torch.nn import functional as F
-from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 from torchvision.datasets import MNIST, FashionMNIST
+from torchvision.utils import make_grid
 from tqdm.auto import tqdm
 
 HERE = Path(__file__).resolve().parent if "__file__" in globals() else Path.cwd()
 
-# %% Flags: edit a line here, or give it on the command line (n_epochs = 5 is --n-epochs 5)
-SEED = 0  # all randomness comes from it: the same seed, flags and machine give the same bytes
-no_train = False  # draw from the weights in out_dir instead of training
-fashion = False  # Fashion-MNIST (clothes) instead of MNIST (digits)
-resume = False  # go on after the last finished epoch of a training that was stopped
-batch_size = 128  # images per step; 64 learns equally well per image but takes longer
-n_epochs = 20  # passes over the training images
-n_images = 60_000  # training images, all of them; fewer for a quick look
-lr = 0.02  # peak learning rate of Muon (Adam: a tenth); short warm-up, then linearly to 0
-n_steps = 1000  # length T of the diffusion, as in [1]
-min_beta = 1e-4  # variance of the noise added in the first step, as in [1]
-max_beta = 0.02  # the same in the last step: after 1000, next to nothing of the image is left
-n_samples = 100  # images to draw after training
-frames_per_gif = 100  # pictures in the GIF, from pure noise to the images
-sample_steps = 1000  # n_steps: the whole reverse chain; fewer: the fast sampler
-guidance = 2  # draw with 2 times what training changed since a fifth of it; 1: as trained
-variance = 2  # of the noise in the whole chain: 1 is beta_t, 2 the posterior's beta-tilde_t
-data_dir = str(HERE / "datasets")  # folder of the data archives
-out_dir = str(HERE / "outputs")  # folder of the weights and pictures
+# %% Flags: change one here, in a notebook, or on the command line: n_epochs = 5 is --n-epochs 5
+SEED = 0
+no_train = False
+fashion = False
+resume = False
+display = True
+label = -1
+guidance = 1.25
+n_samples = 100
+sample_steps = 0
+variance = 2
+batch_size = 128
+n_epochs = 10
+n_images = 60_000
+lr = 0.02
+n_steps = 1000
+min_beta = 1e-4
+max_beta = 0.02
+out_dir = str(HERE / "outputs")
 
-FLAGS = [k for k, v in list(vars().items()) if k[0] != "_" and isinstance(v, int | float | str)]
-# What defines a training: stored with the weights, and must not change when it is resumed.
-FIXED = ["SEED", "fashion", "batch_size", "n_images", "lr", "n_steps", "min_beta", "max_beta"]
-
-
-class BadInput(ValueError):
-    """An error that the user can mend: the text says what is wrong and what to do."""
-
-
-def read_flags(argv=None):
-    """-> Namespace of all flags: the values above, overridden by the command line `argv`.
-
-    Raises BadInput for an unknown flag or a value that makes no sense.
-    """
-
-    def literal(text):
-        with contextlib.suppress(SyntaxError):
-            return ast.literal_eval(text)
-        raise ValueError
-
-    def refuse(message):
-        raise BadInput(f"{message} (--help lists the flags)")
-
-    text = Path(__file__).read_text(encoding="utf-8") if "__file__" in globals() else ""
-    reasons = dict(re.findall(r"^(\w+) = .*?  # (.+)$", text, re.MULTILINE))
-    parser = argparse.ArgumentParser(
-        "ddpm.py", allow_abbrev=False, description=__doc__.splitlines()[0]
-    )
-    parser.error = refuse
-    for name in FLAGS:
-        value = globals()[name]
-        kind = {"type": str if isinstance(value, str) else literal, "metavar": "VALUE"}
-        if isinstance(value, bool):
-            kind |= {"nargs": "?", "const": True, "metavar": "True|False"}
-        reason = f"{reasons.get(name, '')} (default: {value})"
-        option = "--" + name.lower().replace("_", "-")
-        parser.add_argument(option, dest=name, default=value, help=reason, **kind)
-    flags = parser.parse_args(argv)
-    check_flags(flags)
-    return flags
+FLAGS = {  # name: (what it is, type, smallest and largest value)
+    "SEED": ("the same seed, flags and machine give the same bytes", int, 0, 4_294_967_295),
+    "no_train": ("draw from the weights in out_dir, without training", bool),
+    "fashion": ("Fashion-MNIST (clothes) instead of MNIST (digits)", bool),
+    "resume": ("go on after the last finished epoch of a training that was stopped", bool),
+    "display": ("draw ten images after each epoch, to watch it learn", bool),
+    "label": ("draw only this class; -1: every class in turn", int, -1, 9),
+    "guidance": ("how much the label counts; 1: as in training, 0: not at all", float, 0, 10),
+    "n_samples": ("images to draw", int, 1, 1_000_000),
+    "sample_steps": ("steps of the fast sampler; 0: the whole chain of n_steps", int, 0, 100_000),
+    "variance": ("of the noise in the whole chain; 1: beta_t, 2: beta-tilde_t", int, 1, 2),
+    "batch_size": ("images in each training step", int, 1, 60_000),
+    "n_epochs": ("passes over the training images", int, 1, 100_000),
+    "n_images": ("training images; fewer for a quick look", int, 1, 60_000),
+    "lr": ("peak learning rate of Muon; AdamW has a tenth of it", float, 1e-9, 1e30),
+    "n_steps": ("length T of the diffusion", int, 2, 100_000),
+    "min_beta": ("variance of the noise added in the first step", float, 0, 1),
+    "max_beta": ("variance of the noise added in the last step", float, 0, 1),
+    "out_dir": ("folder of the weights and pictures", str),
+}
 
 
-def check_flags(flags):
-    """Raises BadInput, with the flag's name and its range, for the first flag out of range."""
+# %% Data: all images are one tensor, and a batch is one indexing operation
+def load_data(fashion=False, train=True, data_dir=HERE / "datasets", device=None):
+    """-> TensorDataset of images (n, 1, 28, 28) in [-1, 1] and labels (n,) from 0 to 9.
 
-    def need(name, condition, wanted):
-        if not condition:
-            raise BadInput(f"{name} must be {wanted}, not {getattr(flags, name)}")
-
-    least = {"batch_size": 1, "n_epochs": 1, "n_steps": 2, "n_samples": 1}
-    least |= {"n_images": 1, "frames_per_gif": 2, "sample_steps": 1, "SEED": 0}
-    for name, low in least.items():
-        value = getattr(flags, name)
-        need(name, type(value) is int and value >= low, f"a whole number, at least {low}")
-    for name in ("lr", "min_beta", "max_beta", "guidance"):
-        value = getattr(flags, name)
-        need(name, type(value) in (int, float) and 0 < value < math.inf, "a number above 0")
-    need("SEED", flags.SEED < 2**32, "below 2**32")
-    need("lr", flags.lr <= 1e30, "at most 1e30")
-    need("n_images", flags.n_images <= 60_000, "at most 60000")
-    need("max_beta", flags.max_beta < 1, "below 1")
-    need("min_beta", flags.min_beta < flags.max_beta, f"below max_beta, {flags.max_beta}")
-    need("sample_steps", flags.sample_steps <= flags.n_steps, f"at most n_steps, {flags.n_steps}")
-    need("guidance", 1 <= flags.guidance <= 10, "from 1 to 10")
-    need("variance", flags.variance in (1, 2), "1 (beta_t) or 2 (beta-tilde_t)")
-    for name in ("no_train", "fashion", "resume"):
-        need(name, type(getattr(flags, name)) is bool, "True or False")
-    need("no_train", not (flags.no_train and flags.resume), "left out when resume is given")
-
-
-# %% Files: each is written whole or not at all
-@contextlib.contextmanager
-def whole_file(path):
-    """Gives a temporary path beside `path`; what is written there replaces `path` at the end.
-
-    So a kill or a full disk leaves the old file as it was. Raises OSError if it can't be written.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{path.stem}-{os.getpid()}{path.suffix}")
-    try:
-        yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise OSError(f"can't write {path}: {error.strerror or error}") from None
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def save(content, path):
-    """Writes a dict of tensors, numbers and texts with torch.save, sealed with its SHA-256.
-
-    The digest is the comment of the zip archive that torch.save makes, so torch.load reads it too.
-    """
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
-    body = buffer.getvalue()[:-2]
-    digest = hashlib.sha256(body).digest()
-    with whole_file(path) as temporary:
-        temporary.write_bytes(body + len(digest).to_bytes(2, "little") + digest)
-
-
-def load(path, device=None):
-    """-> the dict that `save` wrote. Raises BadInput if not every byte is as it was then."""
-    try:
-        data = Path(path).read_bytes()
-    except FileNotFoundError:
-        text = f"{path} does not exist: train first, without --no-train or --resume"
-        raise BadInput(text) from None
-    body, digest = data[:-34], data[-32:]
-    if data[-34:-32] != b"\x20\0" or hashlib.sha256(body).digest() != digest:
-        raise BadInput(f"{path} is damaged, or not written by ddpm.py: delete it and train again")
-    try:
-        return torch.load(io.BytesIO(data), map_location=device or "cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        raise BadInput(f"{path} holds code, which is not run: delete it and train again") from None
-
-
-# %% Devices: one is enough; torchrun starts a process for each of several
-def find_device():
-    """-> the device to compute on: a GPU of this process (CUDA, Apple's MPS, ...), or the CPU."""
-    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    if device.type == "cuda":
-        index = int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count()
-        device = torch.device("cuda", index)
-        torch.cuda.set_device(device)
-    return device
-
-
-def fast_precision(device):
-    """-> autocast to bf16 where the hardware multiplies it faster than fp32, or a disabled one."""
-    if device.type == "cuda":
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        features = torch.cpu.get_capabilities() if device.type == "cpu" else {}
-        fast = features.get("amx_bf16", False) or features.get("avx512_bf16", False)
-    return torch.autocast(device.type, torch.bfloat16, enabled=fast)
-
-
-@contextlib.contextmanager
-def all_processes(device, batch_size):
-    """Joins the processes that torchrun started, if any; only the first prints and writes.
-
-    Raises BadInput if they can't share a batch or do not find each other, OSError if one is lost.
-    """
-    world_size = os.environ.get("WORLD_SIZE", "1")
-    if not re.fullmatch("[1-9][0-9]*", world_size):
-        raise BadInput(
-            f"WORLD_SIZE must be a number of processes, not {world_size!r}: use torchrun"
-        )
-    world_size = int(world_size)
-    if batch_size % world_size:
-        raise BadInput(f"batch_size must be a multiple of the {world_size} processes")
-    if world_size == 1:
-        yield
-        return
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    try:
-        distributed.init_process_group(backend, timeout=datetime.timedelta(minutes=2))
-    except (ValueError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        raise BadInput(f"the other processes were not found ({reason}): use torchrun") from None
-    with contextlib.ExitStack() as silence:
-        if share()[0]:
-            nowhere = silence.enter_context(open(os.devnull, "w"))
-            silence.enter_context(contextlib.redirect_stdout(nowhere))
-            silence.enter_context(contextlib.redirect_stderr(nowhere))
-        try:
-            yield
-        except RuntimeError as error:
-            if "gloo" not in str(error) and not isinstance(error, distributed.DistError):
-                raise
-            raise OSError(f"another process was lost: {str(error).splitlines()[0]}") from None
-        finally:
-            distributed.destroy_process_group()
-
-
-def share():
-    """-> (rank, number of processes): of n items, this process computes rank, rank + number, ..."""
-    alone = not distributed.is_initialized()
-    return (0, 1) if alone else (distributed.get_rank(), distributed.get_world_size())
-
-
-def in_shares(function, *tensors):
-    """-> function(*tensors), shaped like the first of them, each process computing its share."""
-    rank, world_size = share()
-    if world_size == 1:
-        return function(*tensors)
-    result = torch.zeros_like(tensors[0])
-    result[rank::world_size] = function(*(x[rank::world_size] for x in tensors))
-    distributed.all_reduce(result)
-    return result
-
-
-# %% Data: all images are one tensor, a batch is one indexing operation
-def load_images(fashion=False, train=True, data_dir=data_dir, device=None):
-    """-> uint8 tensor (60000 or, with train=False, 10000; 28; 28) on `device`.
-
-    The archive is checked against its MD5 and unpacked in memory, so that nothing half unpacked
-    can be left behind and the folder may be read-only. torchvision downloads it if it is missing.
-    Raises BadInput if that fails, or if the archive is damaged.
+    n is 60,000, or 10,000 with train=False. torchvision checks and unpacks the archives in
+    `data_dir`, and downloads those that are missing. Raises BadInput if that fails.
     """
     source = FashionMNIST if fashion else MNIST
-    start = "train-images" if train else "t10k-images"
-    name, md5 = next(file for file in source.resources if file[0].startswith(start))
-    archive = Path(data_dir, source.__name__, "raw", name)
-    if not archive.exists():
-        with contextlib.suppress(Exception):  # no network, or a mirror that sends nonsense
-            source(data_dir, download=True)
-    data = archive.read_bytes() if archive.exists() else b""
-    if hashlib.md5(data).hexdigest() != md5:
-        fault = "damaged" if archive.exists() else "missing, and can't be downloaded"
-        raise BadInput(f"{archive} is {fault}: put the original there, whose MD5 is {md5}")
-    pixels = np.frombuffer(gzip.decompress(data), np.uint8, offset=16)
-    return torch.from_numpy(pixels.reshape(-1, 28, 28).copy()).to(device)
+    try:
+        data = source(data_dir, train=train, download=True)
+    except (OSError, RuntimeError, ValueError, EOFError) as error:
+        names = " ".join(name for name, _ in source.resources)
+        folder = Path(data_dir, source.__name__, "raw")
+        raise BadInput(f"put the original {names} into {folder}, nothing else: {error}") from None
+    images = data.data.to(device).unsqueeze(1).float() / 127.5 - 1
+    return TensorDataset(images, data.targets.to(device))
 
 
-class Batches:
-    """Shuffles the images anew each time it is iterated: all of a batch is one indexing operation.
-
-    `images` is uint8 (n, h, w); each batch is [x0], (batch_size, 1, h, w) in [-1, 1], on the same
-    device; the last one may be smaller.
-    """
-
-    def __init__(self, images, batch_size=batch_size):
-        self.dataset, self.batch_size = images, batch_size
-
-    def __len__(self):
-        return math.ceil(len(self.dataset) / self.batch_size)
-
-    def __iter__(self):
-        order = torch.randperm(len(self.dataset), device=self.dataset.device)
-        for indices in order.split(self.batch_size):
-            yield [self.dataset[indices].unsqueeze(1).float() / 127.5 - 1]
+def batches(dataset, batch_size):
+    """-> DataLoader of [x0, label] in a new random order each time; the last may be smaller."""
+    sampler = BatchSampler(RandomSampler(dataset), batch_size, drop_last=False)
+    return DataLoader(dataset, sampler=sampler, batch_size=None)
 
 
-# %% Diffusion: an image is drowned in noise, step by step
-def linear_schedule(n_steps, min_beta, max_beta):
-    """-> betas, alphas, alpha_bars in float64, each (n_steps,): [1], eq. 4 and section 4."""
-    betas = torch.linspace(min_beta, max_beta, n_steps, dtype=torch.float64)
-    alphas = 1 - betas
-    return betas, alphas, alphas.cumprod(0)
-
-
+# %% Diffusion: an image drowns in noise, and a network says what the noise is
 class MyDDPM(nn.Module):
     """The forward process with its linear schedule, and the network that undoes it [1].
 
-    `network` maps x (n, c, h, w) and t (n,) to the noise in x; steps t are counted from 0 to
-    n_steps - 1. `betas`, `alphas` and `alpha_bars` are buffers (n_steps,): they move with the
-    model and are saved with it. Raises BadInput for an impossible schedule.
+    `network` maps x (n, c, h, w) and t (n,) to the noise in x. If it has `n_classes`, it also
+    takes labels (n,); if it has `predicts_v`, it returns v of [3] instead of the noise. Steps t
+    are counted from 0 to n_steps - 1. `betas`, `alphas` and `alpha_bars` are buffers (n_steps,):
+    they move with the model and are saved with it. Raises BadInput for an impossible schedule.
     """
 
     def __init__(
@@ -348,20 +140,17 @@ class MyDDPM(nn.Module):
         image_chw=(1, 28, 28),
     ):
         super().__init__()
-        if n_steps < 2 or not 0 < min_beta < max_beta < 1:
-            raise BadInput("a schedule needs n_steps >= 2 and 0 < min_beta < max_beta < 1")
+        betas = torch.linspace(min_beta, max_beta, n_steps, dtype=torch.float64)
+        alphas = 1 - betas
+        alpha_bars = alphas.cumprod(0)
+        if not (n_steps > 1 and 1e-7 < min_beta < max_beta < 1 and alpha_bars[-1] > 1e-37):
+            raise BadInput("a schedule needs 1e-7 < min_beta < max_beta < 1, and not all noise")
+        for name, values in [("betas", betas), ("alphas", alphas), ("alpha_bars", alpha_bars)]:
+            self.register_buffer(name, values.float())
         self.network = network
-        self.early = None  # the network as it was early in its training, if that is known
         self.n_steps = n_steps
+        self.n_classes = getattr(network, "n_classes", 0)
         self.image_chw = tuple(image_chw)
-        betas, alphas, alpha_bars = linear_schedule(n_steps, min_beta, max_beta)
-        if not (alpha_bars[0] < 1 and alpha_bars[-1] >= torch.finfo().tiny):
-            raise BadInput(
-                "no float32 holds alpha_bars: raise min_beta, or lower n_steps or max_beta"
-            )
-        self.register_buffer("betas", betas.float())
-        self.register_buffer("alphas", alphas.float())
-        self.register_buffer("alpha_bars", alpha_bars.float())
         self.to(device)
 
     @property
@@ -371,32 +160,36 @@ class MyDDPM(nn.Module):
     def forward(self, x0, t, eta=None):
         """x0 (n, c, h, w) in [-1, 1], t (n,) -> x_t (n, c, h, w), in one jump: eq. 4 of [1].
 
-        `eta` is the standard normal noise (n, c, h, w) to mix in; None draws it.
+        `eta` (n, c, h, w) is the standard normal noise to add; None draws it.
         """
         if eta is None:
             eta = torch.randn_like(x0)
         alpha_bar = self.alpha_bars[torch.as_tensor(t, device=self.device)].reshape(-1, 1, 1, 1)
         return alpha_bar.sqrt() * x0 + (1 - alpha_bar).sqrt() * eta
 
-    def backward(self, x, t, guidance=1):
-        """x_t (n, c, h, w), t (n,) or (n, 1) -> eta_theta (n, c, h, w), the network's guess.
+    def backward(self, x, t, label=None, guidance=1):
+        """x_t (n, c, h, w), t (n,) or (n, 1) -> eta_theta (n, c, h, w), the predicted noise.
 
-        What training has changed since its early days is mostly right, but too little: a guidance
-        above 1 goes `guidance` times the way from the early guess to the last one [9, eq. 3].
+        `label` (n,) holds classes; n_classes, or None for all, stands for no label. `guidance`
+        goes that many times the way from the prediction without labels to that with them [2].
         """
-        eta_theta = self.network(x, t)
-        if self.early is None or guidance == 1:
-            return eta_theta
-        return self.early(x, t).lerp(eta_theta, guidance)
+        t = t.flatten()
+        label = label if self.n_classes else None
+        if label is not None and guidance != 1:
+            labels = torch.cat([torch.full_like(label, self.n_classes), label])
+            both = self.backward(x.repeat(2, 1, 1, 1), t.repeat(2), labels)
+            without_label, with_label = both.chunk(2)
+            return without_label.lerp(with_label, guidance)
+        with fast_precision(x.device):
+            prediction = self.network(x, t) if label is None else self.network(x, t, label)
+        if not getattr(self.network, "predicts_v", False):
+            return prediction.float()
+        # Late steps are nearly all noise: there x itself is the prediction, and v corrects it.
+        alpha_bar = self.alpha_bars[t].reshape(-1, 1, 1, 1)
+        return (1 - alpha_bar).sqrt() * x + alpha_bar.sqrt() * prediction.float()
 
-    def load_state_dict(self, state_dict, *args, **kwargs):
-        """Loads what `state_dict` gave: early weights are there afterwards if they were then."""
-        known = any(name.startswith("early.") for name in state_dict)
-        self.early = copy.deepcopy(self.network).requires_grad_(False) if known else None
-        return super().load_state_dict(state_dict, *args, **kwargs)
 
-
-# %% Network: a UNet that is told the step
+# %% Network: a UNet that is told the step and the label
 def sinusoidal_embedding(n, d):
     """-> (n, d): row t is sin and cos of t at wavelengths from 2 pi to 10,000 * 2 pi [5, sec. 3.5].
 
@@ -404,456 +197,327 @@ def sinusoidal_embedding(n, d):
     """
     t = torch.arange(n, dtype=torch.float64).reshape(n, 1)
     wk = 10_000 ** (-torch.arange(0, d, 2, dtype=torch.float64) / d)
-    embedding = torch.zeros(n, d)
-    embedding[:, 0::2] = torch.sin(t * wk)
-    embedding[:, 1::2] = torch.cos(t * wk[: d // 2])
-    return embedding
+    pairs = torch.stack([torch.sin(t * wk), torch.cos(t * wk)], dim=2)
+    return pairs.flatten(1)[:, :d].float()
 
 
-class Conv(nn.Conv2d):
-    """A 3 x 3 convolution of (n, h, w, c). Channels come last everywhere, so no copies are made."""
+class Conv(nn.Linear):
+    """A 3 x 3 convolution of (n, h, w, c_in) to (n, h, w, c_out).
+
+    Its weights are a matrix, as Muon needs them. Channels come last everywhere: nothing is copied.
+    """
 
     def __init__(self, c_in, c_out):
-        super().__init__(c_in, c_out, 3, padding=1)
+        super().__init__(9 * c_in, c_out)
 
     def forward(self, x):
-        return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        kernel = self.weight.unflatten(1, (3, 3, -1)).permute(0, 3, 1, 2)
+        x = F.conv2d(x.permute(0, 3, 1, 2), kernel, self.bias, padding=1)
+        return x.permute(0, 2, 3, 1)
 
 
 class Block(nn.Module):
-    """Residual block: two convolutions, and between them each channel is told the step."""
+    """Residual block: two convolutions, and between them each channel is told step and label."""
 
     def __init__(self, channels, time_emb_dim):
         super().__init__()
         self.norm = nn.LayerNorm(channels)
         self.conv1 = Conv(channels, channels)
-        self.step = nn.Linear(time_emb_dim, channels)
+        self.embed = nn.Linear(time_emb_dim, channels)
         self.conv2 = Conv(channels, channels)
         nn.init.zeros_(self.conv2.weight)  # every block starts as the identity
-        nn.init.zeros_(self.conv2.bias)
 
     def forward(self, x, e):
-        h = self.conv1(self.norm(x)) + self.step(e)[:, None, None]
+        h = self.conv1(self.norm(x)) + self.embed(e)[:, None, None]
         return x + self.conv2(F.silu(h))
 
 
 class MyUNet(nn.Module):
-    """UNet [4] that is told the step t by a sinusoidal embedding [5].
+    """UNet [4] that is told the step t by a sinusoidal embedding [5], and the label by another.
 
-    It works at full, half and quarter resolution with ever more channels. The coarse levels are
-    cheap and decide the shape of a digit, so the blocks are there; at full resolution even a norm
-    would cost more than a convolution. On the way up, each resolution adds the features that the
-    way down left there. `settings` rebuilds the network; `betas` are min_beta and max_beta of the
-    schedule, which the guess of v needs.
+    It works at half and quarter resolution: each 2 x 2 square of pixels becomes channels at once,
+    because full resolution costs most and decides least. On the way up, half resolution adds what
+    the way down left there. `settings` are the arguments that build it again.
     """
 
-    def __init__(
-        self, n_steps=1000, time_emb_dim=128, channels=(16, 32, 64), n_middle=4, betas=(1e-4, 0.02)
-    ):
+    predicts_v = True
+
+    def __init__(self, n_steps=1000, time_emb_dim=128, n_classes=10, image_channels=1):
         super().__init__()
-        self.settings = {"n_steps": n_steps, "time_emb_dim": time_emb_dim, "channels": channels}
-        self.settings |= {"n_middle": n_middle, "betas": betas}
-        alpha_bars = linear_schedule(n_steps, *betas)[2]
-        mix = torch.stack([(1 - alpha_bars).sqrt(), alpha_bars.sqrt()], 1).float()
-        self.register_buffer("mix", mix, persistent=False)
-        full, half, quarter = channels
-        e = time_emb_dim
+        self.settings = [n_steps, time_emb_dim, n_classes, image_channels]
+        self.n_classes = n_classes
+        half, quarter, e = 32, 64, time_emb_dim
         self.register_buffer("embedding", sinusoidal_embedding(n_steps, e), persistent=False)
-        self.time = nn.Sequential(nn.Linear(e, e), nn.SiLU(), nn.Linear(e, e), nn.SiLU())
-        # Folding turns each 2 x 2 square of pixels into channels, which a linear layer mixes.
+        self.time = nn.Sequential(nn.Linear(e, e), nn.SiLU(), nn.Linear(e, e))
+        self.label = nn.Embedding(n_classes + 1, e)  # the last row stands for no label
         fold = Rearrange("n (h i) (w j) c -> n h w (i j c)", i=2, j=2)
         unfold = Rearrange("n h w (i j c) -> n (h i) (w j) c", i=2, j=2)
-        self.enter = Conv(1, full)
-        self.down1 = nn.Sequential(fold, nn.Linear(4 * full, half))
-        self.half_down = Block(half, e)
-        self.down2 = nn.Sequential(fold, nn.Linear(4 * half, quarter))
-        self.middle = nn.ModuleList(Block(quarter, e) for _ in range(n_middle))
-        self.up2 = nn.Sequential(nn.Linear(quarter, 4 * half), unfold)
-        self.half_up = Block(half, e)
-        self.up1 = nn.Sequential(nn.Linear(half, 4 * full), unfold)
-        silu = nn.SiLU()
-        self.leave = nn.Sequential(silu, Conv(full, full), silu, Conv(full, 1))
-        nn.init.zeros_(self.leave[-1].weight)
-        self.to(memory_format=torch.channels_last)
+        self.enter = nn.Sequential(fold, Conv(4 * image_channels, half))
+        self.half_down = nn.ModuleList(Block(half, e) for _ in range(2))
+        self.down = nn.Sequential(fold, nn.Linear(4 * half, quarter))
+        self.middle = nn.ModuleList(Block(quarter, e) for _ in range(8))
+        self.up = nn.Sequential(nn.Linear(quarter, 4 * half), unfold)
+        self.half_up = nn.ModuleList(Block(half, e) for _ in range(2))
+        last = Conv(half, 4 * image_channels)
+        nn.init.zeros_(last.weight)
+        self.leave = nn.Sequential(nn.LayerNorm(half), nn.SiLU(), last, unfold)
 
-    def forward(self, x, t):
-        """x (n, 1, h, w), h and w multiples of 4, t (n,) or (n, 1) -> eta_theta, shaped like x."""
-        with fast_precision(x.device):
-            e = self.time(self.embedding[t.flatten()])
-            full = self.enter(x.permute(0, 2, 3, 1))
-            half = self.half_down(self.down1(full), e)
-            quarter = self.down2(half)
-            for block in self.middle:
-                quarter = block(quarter, e)
-            half = self.half_up(half + self.up2(quarter), e)
-            v = self.leave(full + self.up1(half)).permute(0, 3, 1, 2)
-        # Late steps are nearly all noise: there x itself is the guess, and v only corrects it [8].
-        of_x, of_v = self.mix[t.flatten()][:, :, None, None, None].unbind(1)
-        return of_x * x + of_v * v.float()
+    def forward(self, x, t, label=None):
+        """x (n, c, h, w), h and w multiples of 4, t and label (n,) or (n, 1) -> v, shaped like x."""
+        if label is None:
+            label = torch.full_like(t, self.n_classes)
+        e = F.silu(self.time(self.embedding[t.flatten()]) + self.label(label.flatten()))
+        half = self.enter(x.permute(0, 2, 3, 1))
+        for block in self.half_down:
+            half = block(half, e)
+        quarter = self.down(half)
+        for block in self.middle:
+            quarter = block(quarter, e)
+        half = half + self.up(quarter)
+        for block in self.half_up:
+            half = block(half, e)
+        return self.leave(half).permute(0, 3, 1, 2)
 
 
-# %% Training: guess the noise
-# Progress bars are for a terminal (None: only there) or a notebook.
-NO_BAR = False if "ipykernel" in sys.modules else None
+# %% Training: predict the noise
+def denoising_loss(ddpm, x0, label=None):
+    """Lines 2 to 5 of Algorithm 1 of [1] for a batch. -> loss to learn from, mean squared error.
 
-
-class Muon(torch.optim.Optimizer):
-    """Muon [6] for matrices, at the learning rate lr; Adam [7] for the rest, at lr / 10.
-
-    A matrix's momentum is replaced by roughly the nearest one with orthonormal rows or columns:
-    weak directions are learned as fast as strong ones. A convolution is the matrix
-    (out, in * h * w); the first and the last one, of one channel, are left to Adam.
+    x0 is (n, c, h, w) in [-1, 1], label (n,) or None. All processes draw the same steps and noise
+    and take their shares of the batch: their losses, and so their gradients, add up.
     """
-
-    def __init__(self, params, lr=0.02):
-        super().__init__(params, {"lr": lr})
-
-    @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:
-            matrices = {}
-            for p in (p for p in group["params"] if p.grad is not None):
-                state = self.state[p]
-                if not state:
-                    state |= {"step": 0, "mean": torch.zeros_like(p), "square": torch.zeros_like(p)}
-                state["step"] += 1
-                mean, square = state["mean"], state["square"]
-                if p.ndim > 1 and min(p.shape[:2]) > 1:
-                    mean.lerp_(p.grad, 0.05)
-                    update = p.grad.lerp(mean, 0.95).flatten(1)
-                    matrices.setdefault(update.shape, []).append((p, update))
-                else:
-                    mean.lerp_(p.grad, 0.1)
-                    square.lerp_(p.grad.square(), 0.01)
-                    root = (square / (1 - 0.99 ** state["step"])).sqrt() + 1e-8
-                    p.addcdiv_(mean, root, value=-group["lr"] / 10 / (1 - 0.9 ** state["step"]))
-            for (rows, columns), same in matrices.items():
-                updates = orthogonalize(torch.stack([update for _, update in same]))
-                scale = max(1, rows / columns) ** 0.5
-                for (p, _), update in zip(same, updates, strict=True):
-                    p.sub_(update.view_as(p), alpha=group["lr"] * scale)
+    n, (rank, world_size) = len(x0), rank_and_size()
+    # One t from each of n parts of the range is less noisy than n free draws. Early steps are
+    # drawn up to five times as often as late ones, and their errors divided by that.
+    u = (torch.arange(n, device=x0.device) + torch.rand(n, device=x0.device)) / n
+    s = (1 - (1 - 0.96 * u).sqrt()) / 0.8
+    density = (1 - 0.8 * s) / 0.6
+    t = (s * ddpm.n_steps).long().clamp(max=ddpm.n_steps - 1)
+    eta = torch.randn_like(x0)
+    share = slice(rank, None, world_size)
+    if label is not None:
+        # Guidance needs a prediction without the label: a tenth of the images teach it.
+        dropped = torch.rand(n, device=x0.device) < 0.1
+        label = label.masked_fill(dropped, ddpm.n_classes)[share]
+    x0, t, eta = x0[share], t[share], eta[share]
+    eta_theta = ddpm.backward(ddpm(x0, t, eta), t, label)
+    errors = (eta_theta - eta).square().mean((1, 2, 3)) / density[share] / n
+    # Late steps decide the shape of an image, but their errors are small: they count for more.
+    return (errors / ddpm.alpha_bars[t].sqrt()).sum(), errors.detach().sum()
 
 
-def orthogonalize(matrices):
-    """(k, m, n) -> (k, m, n): all singular values become about 1, by five Newton-Schulz steps [6].
+def make_optimizers(network, lr):
+    """-> [Muon [6] for the matrices, AdamW for the vectors]."""
+    matrices = [p for p in network.parameters() if p.ndim == 2]
+    vectors = [p for p in network.parameters() if p.ndim != 2]
+    adamw = torch.optim.AdamW(vectors, lr / 10, betas=(0.9, 0.99), weight_decay=0)
+    return [torch.optim.Muon(matrices, lr, weight_decay=0), adamw]
 
-    Each step multiplies by a polynomial of X X^T: the steps multiply these small square matrices,
-    and only their product meets X.
-    """
-    wide = matrices if matrices.shape[1] <= matrices.shape[2] else matrices.mT
-    wide = wide / (wide.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    square = wide @ wide.mT
-    one = product = torch.eye(square.shape[1], device=square.device)
-    for _ in range(5):
-        factor = 3.4445 * one + torch.baddbmm(square, square, square, beta=-4.775, alpha=2.0315)
-        product, square = factor @ product, square @ factor @ factor
-    wide = product @ wide
-    return wide if matrices.shape[1] <= matrices.shape[2] else wide.mT
+
+def running_average(averaged, current, n):
+    """-> average of a weight over about the last sixteenth of the n steps so far."""
+    return averaged.lerp(current, 16 / (16 + n))
 
 
 def training_loop(
-    ddpm, loader, n_epochs, optim, device=None, display=False, store_path="ddpm.pt", *, flags=None
+    ddpm, loader, n_epochs, optim, device=None, display=False, store_path="ddpm.pt", flags=None
 ):
-    """Algorithm 1 of [1] on batches [x0, ...] of `loader`; -> list of the epochs' mean errors.
+    """Algorithm 1 of [1] on batches [x0, label] or [x0] of `loader`. -> mean error of each epoch.
 
-    After each epoch the averaged weights go into `store_path`, and what is needed to go on into
-    <name>_state.pt beside it; at the end `ddpm` holds the averaged weights. display=True also
-    draws images each epoch. `flags` (dict): resume and SEED are used, those in FIXED stored.
-    Raises FloatingPointError if the loss is not finite, BadInput if there is nothing to resume.
+    `optim` is one optimizer or a list of them. After each epoch the averaged weights are stored
+    with `flags` (a dict), and ten images drawn if `display`; at the end `ddpm` holds them. If
+    flags["resume"], it goes on where `ddpm`, as loaded, had stopped. Raises FloatingPointError if
+    the loss is not finite.
     """
-    flags = flags or {}
-    kept = {name: flags[name] for name in FIXED if name in flags}
-    store_path = Path(store_path)
-    state_path = store_path.with_name(f"{store_path.stem}_state.pt")
+    flags = {"SEED": SEED, "resume": False} | (flags or {})
     ddpm.to(device or ddpm.device).train()
-    ddpm.early = None  # that of another training
-    averaged = copy.deepcopy(ddpm).requires_grad_(False).eval()
-    first, losses = share()[0] == 0, []
-    if flags.get("resume"):
-        losses = restore(state_path, ddpm, averaged, optim, n_epochs, kept)
-    elif first:
-        state_path.unlink(missing_ok=True)  # or a later resume might go on with an old training
-    schedule = warm_up_and_down(optim, n_epochs * len(loader), len(losses) * len(loader))
-    network = ddpm.network
-    if distributed.is_initialized():
-        network = DistributedDataParallel(network, forward_sync_buffers=False)
+    averaged = AveragedModel(ddpm, avg_fn=running_average)
+    optims = optim if isinstance(optim, list) else [optim]
+    losses, parts = [], [ddpm, averaged, *optims]
+    if flags["resume"]:
+        losses = ddpm.info["losses"]
+        for part, state in zip(parts, ddpm.info["parts"], strict=True):
+            part.load_state_dict(state)
     for epoch in tqdm(range(len(losses), n_epochs), "Training", disable=NO_BAR):
         # Randomness depends on seed and epoch alone: a resumed run equals an unbroken one.
-        torch.manual_seed(1_000_003 * flags.get("SEED", SEED) + epoch)
-        start = time.perf_counter()
-        losses.append(train_epoch(ddpm, network, averaged, loader, optim, schedule, epoch))
-        seconds = time.perf_counter() - start
-        # Weights from an earlier or later time than a fifth of the training guide less well.
-        if averaged.early is None and n_epochs / 5 <= epoch + 1 < n_epochs:
-            averaged.early = copy.deepcopy(averaged.network)
-        if first:
-            store(store_path, state_path, ddpm, averaged, optim, flags=kept, losses=losses)
-        speed = f"{seconds:.0f} s, {len(loader.dataset) / seconds:.0f} images/s"
-        tqdm.write(f"Loss at epoch {epoch + 1}: {losses[-1]:.4f} ({speed}, stored in {store_path})")
-        sys.stdout.flush()
-        if display:
-            how = {"gif_name": None, "sample_steps": min(20, ddpm.n_steps)}
-            show_images(generate_new_images(averaged, **how), f"After epoch {epoch + 1}")
-    ddpm.load_state_dict(averaged.state_dict())
+        torch.manual_seed(1_000_003 * flags["SEED"] + epoch)
+        losses.append(train_epoch(ddpm, averaged, loader, optims, epoch, n_epochs))
+        tqdm.write(f"Loss at epoch {epoch + 1}: {losses[-1]:.4f} (stored in {store_path})")
+        if rank_and_size()[0] == 0:
+            parts = parts if epoch + 1 < n_epochs else []
+            store(store_path, averaged.module, flags | {"resume": False}, losses, parts)
+            if display:
+                steps = min(20, ddpm.n_steps)
+                images = generate_new_images(averaged.module, 10, gif_name=None, sample_steps=steps)
+                path = f"{os.path.splitext(store_path)[0]}_10.png"
+                show_images(images, f"After epoch {epoch + 1}", path)
+    ddpm.load_state_dict(averaged.module.state_dict())
     return losses
 
 
-def warm_up_and_down(optim, total, done):
-    """-> scheduler: up to the learning rate in 200 steps, straight down to 0 at step `total`."""
-
-    def factor(step):
-        return min((step + 1) / 200, 1) * max(1 - step / total, 0)
-
-    return torch.optim.lr_scheduler.LambdaLR(optim, factor, last_epoch=done - 1)
-
-
-def train_epoch(ddpm, network, averaged, loader, optim, schedule, epoch):
-    """One pass over the data: updates `ddpm` and its moving average. -> mean error of the noise.
-
-    `network` is that of `ddpm`, or wraps it to average its gradients over all processes.
-    """
-    losses, norms, sizes = torch.zeros(3, len(loader), device=ddpm.device)
-    kind = {"desc": f"Epoch {epoch + 1}", "unit": " images", "leave": False, "disable": NO_BAR}
-    bar = tqdm(total=len(loader.dataset), **kind)
-    for i, batch in enumerate(loader):
+def train_epoch(ddpm, averaged, loader, optims, epoch, n_epochs):
+    """One pass over the data: updates `ddpm` and its running average. -> mean error of the noise."""
+    parameters = [p for p in ddpm.parameters() if p.requires_grad]
+    mean_error = torch.zeros((), device=ddpm.device)
+    bar = tqdm(loader, f"Epoch {epoch + 1}", leave=False, disable=NO_BAR)
+    for step, batch in enumerate(bar, epoch * len(loader)):
         x0 = batch[0].to(ddpm.device)
-        loss, losses[i] = guess_the_noise(ddpm, network, x0)
-        optim.zero_grad()
+        label = batch[1].to(ddpm.device) if len(batch) > 1 else None
+        loss, error = denoising_loss(ddpm, x0, label)
+        ddpm.zero_grad()
         loss.backward()
-        norms[i] = nn.utils.clip_grad_norm_(ddpm.parameters(), 1.0)
-        optim.step()
-        schedule.step()
-        move_average(averaged, ddpm, epoch * len(loader) + i)
-        sizes[i] = len(x0)
-        bar.update(len(x0))
-        # Reading a number waits for the device: a GPU is asked only once an epoch.
-        last = i + 1 == len(loader)
-        if ddpm.device.type == "cpu" or last:
-            good = norms[: i + 1].isfinite()
-            # The last step may have spoiled the weights: they are tried before they are stored.
-            if last:
-                t = torch.zeros(len(x0), dtype=torch.long, device=x0.device)
-                good[i] &= averaged.backward(x0, t).isfinite().all()
-            if not good.all():
-                where = f"epoch {epoch + 1}, step {good.tolist().index(0) + 1}"
-                text = f"the loss is not finite in {where}: try a lower lr"
-                raise FloatingPointError(f"{text} (the last good weights are kept)")
-            bar.set_postfix(loss=f"{losses[i].item():.4f}", refresh=False)
-    bar.close()
-    if distributed.is_initialized():
-        distributed.all_reduce(losses)
-        losses /= distributed.get_world_size()
-    return (losses @ sizes / sizes.sum()).item()
-
-
-def guess_the_noise(ddpm, network, x0):
-    """Noises a batch x0 (n, c, h, w). -> the loss of the guess, to learn from, and its mean error.
-
-    All processes draw the same steps and noise, and each guesses its share: the averages of their
-    losses and errors, and so of the gradients, are those of the whole batch.
-    """
-    n, (rank, world_size) = len(x0), share()
-    # One t from each of n equal parts of the range: a less noisy loss than n free draws.
-    spread = torch.arange(n, device=x0.device) + torch.rand(n, device=x0.device)
-    t = (spread / n * ddpm.n_steps).long().clamp(max=ddpm.n_steps - 1)
-    eta = torch.randn_like(x0)
-    x0, t, eta = (tensor[rank::world_size] for tensor in (x0, t, eta))
-    errors = (network(ddpm(x0, t, eta), t) - eta).square().mean((1, 2, 3)) * world_size / n
-    # Late steps decide the shape of an image, but their errors are small: they count for more.
-    return (errors * ddpm.alpha_bars[t] ** -0.5).sum(), errors.detach().sum()
-
-
-@torch.no_grad()
-def move_average(averaged, ddpm, step, decay=0.999):
-    """Exponential moving average of the parameters: its images are better than the last step's."""
-    # The first steps are forgotten faster, or a short training would average its own start.
-    decay = min(decay, (1 + step) / (10 + step))
-    networks = (averaged.network.parameters(), ddpm.network.parameters())
-    for old, new in zip(*networks, strict=True):
-        old.lerp_(new, 1 - decay)
-
-
-def store(store_path, state_path, ddpm, averaged, optim, **info):
-    """Writes the averaged weights, all that `load_model` needs, and what `restore` needs."""
-    settings = getattr(ddpm.network, "settings", None)
-    content = {"weights": averaged.state_dict(), "network": settings, "n_steps": ddpm.n_steps}
-    save(content | {"image_chw": ddpm.image_chw} | info, store_path)
-    state = {"current": ddpm.state_dict(), "averaged": averaged.state_dict()}
-    save(state | {"optim": optim.state_dict()} | info, state_path)
-
-
-def restore(state_path, ddpm, averaged, optim, n_epochs, flags):
-    """Puts network, average and optimizer back to the last finished epoch. -> losses so far."""
-    state = load(state_path, ddpm.device)
-    try:
-        compare_flags(state_path, state["flags"], flags, FIXED)
-        ddpm.load_state_dict(state["current"])
-        averaged.load_state_dict(state["averaged"])
-        optim.load_state_dict(state["optim"])
-        done = len(state["losses"])
-    except (KeyError, TypeError, RuntimeError):
-        raise BadInput(f"{state_path} is of another training: train without --resume") from None
-    if done >= n_epochs:
-        text = f"{state_path} has finished its {done} epochs"
-        raise BadInput(f"{text}: raise n_epochs to train on, or draw with --no-train")
-    print(f"Resuming after epoch {done}")
-    return state["losses"]
-
-
-def compare_flags(path, stored, given, names):
-    """Raises BadInput if one of the flags `names` differs from those stored in the file."""
-    for name in names:
-        if stored.get(name) != given.get(name):
-            raise BadInput(
-                f"{path} was trained with {name} = {stored.get(name)}, not {given.get(name)}: "
-                "give the same flags, or train anew (without --no-train and --resume)"
-            )
-
-
-def load_model(store_path, device=None):
-    """-> MyDDPM in eval mode, rebuilt from the file alone; `.info` holds its flags and losses.
-
-    Raises BadInput if the file is missing, damaged, or holds another network.
-    """
-    content = load(store_path, device)
-    try:
-        network = MyUNet(**content["network"])
-        schedule = content["n_steps"], *content["weights"]["betas"][[0, -1]].tolist()
-        ddpm = MyDDPM(network, *schedule, device, content["image_chw"])
-        ddpm.load_state_dict(content["weights"])
-        ddpm.info = {"flags": content["flags"], "losses": content["losses"]}
-    except (KeyError, TypeError, RuntimeError):
-        raise BadInput(f"{store_path} holds another network than MyUNet: train again") from None
-    return ddpm.eval()
+        sum_over_processes(p.grad for p in parameters if p.grad is not None)
+        # Up to the full learning rate in a twentieth of the training, then straight down to 0.
+        progress = (step + 1) / len(loader) / n_epochs
+        factor = min(20 * progress, 1 - progress)
+        for optim in optims:
+            for group in optim.param_groups:
+                group["lr"] = factor * group.setdefault("initial_lr", group["lr"])
+            optim.step()
+        averaged.update_parameters(ddpm)
+        mean_error += error * len(x0) / len(loader.dataset)
+    # A gradient that is not finite makes the weights so for good: once an epoch is soon enough.
+    if not all(tensor.isfinite().all() for tensor in [mean_error, *parameters]):
+        raise FloatingPointError(f"the loss is not finite in epoch {epoch + 1}: give a lower lr")
+    sum_over_processes([mean_error])
+    return mean_error.item()
 
 
 # %% Sampling: from noise to images
+@torch.no_grad()
+def reverse_process(ddpm, x, label, guidance, variance, generator):
+    """Algorithm 2 of [1]: yields x_T, the given noise (n, c, h, w), then x after each step.
+
+    `variance` chooses sigma_t squared: 1 is beta_t, 2 is beta-tilde_t, that of the posterior.
+    """
+    betas, alphas, alpha_bars = ddpm.betas, ddpm.alphas, ddpm.alpha_bars
+    yield x
+    for t in reversed(range(ddpm.n_steps)):
+        _, eta_theta = predict(ddpm, x, t, label, guidance)
+        x = (x - (1 - alphas[t]) / (1 - alpha_bars[t]).sqrt() * eta_theta) / alphas[t].sqrt()
+        if t > 0:
+            z = torch.randn(x.shape, generator=generator, device=x.device)
+            beta_tilde = (1 - alpha_bars[t - 1]) / (1 - alpha_bars[t]) * betas[t]
+            sigma = (betas[t] if variance == 1 else beta_tilde).sqrt()
+            x = x + sigma * z
+        yield x
+
+
+@torch.no_grad()
+def fast_sampler(ddpm, x, label, guidance, n_steps):
+    """The same in `n_steps` larger steps, which add no new noise: DDIM [7].
+
+    To get from t to an earlier s, the predicted x_0 gets the predicted noise back, as of step s.
+    """
+    steps = falling_steps(n_steps, ddpm.n_steps - 1)
+    yield x
+    for t, s in itertools.pairwise(steps):
+        x0, eta_theta = predict(ddpm, x, t, label, guidance)
+        x = ddpm(x0, s, eta_theta)
+        yield x
+    yield predict(ddpm, x, steps[-1], label, guidance)[0]
+
+
+def predict(ddpm, x, t, label, guidance):
+    """x_t (n, c, h, w), its step t -> x_0 clipped to [-1, 1], and the noise that x_t then holds."""
+    if t > 0.6 * ddpm.n_steps:
+        guidance = 1  # while x is nearly all noise, guidance only makes the images more alike
+    alpha_bar = ddpm.alpha_bars[t]
+    eta_theta = ddpm.backward(x, torch.full((len(x),), t, device=x.device), label, guidance)
+    x0 = ((x - (1 - alpha_bar).sqrt() * eta_theta) / alpha_bar.sqrt()).clamp(-1, 1)
+    return x0, (x - alpha_bar.sqrt() * x0) / (1 - alpha_bar).sqrt()
+
+
+def falling_steps(n, highest):
+    """-> n falling whole numbers from `highest` to 0, the lower the denser, none of them twice."""
+    steps = highest * np.linspace(1, 0, n) ** 2
+    return np.maximum(steps.round(), np.arange(n)[::-1]).astype(int).tolist()
+
+
 CHUNK = 500  # images drawn at once, which bounds the memory
-GIF_IMAGES = 100  # images in the GIF at most
 
 
 def generate_new_images(
     ddpm,
     n_samples=16,
     device=None,
-    frames_per_gif=100,
+    frames_per_gif=60,
     gif_name="sampling.gif",
     c=None,
     h=None,
     w=None,
-    *,
-    sample_steps=None,
-    guidance=guidance,
-    variance=variance,
-    seed=SEED,
+    label=None,
+    **flags,
 ):
-    """-> n_samples new images (n, c, h, w) in [-1, 1], the same ones for the same seed.
+    """-> n_samples new images (n, c, h, w) in [-1, 1], the same ones for the same SEED.
 
-    c, h, w default to ddpm.image_chw. sample_steps=None is the whole chain; `guidance` is that of
-    MyDDPM.backward. gif_name=None writes no GIF; otherwise it shows the first 100 images, from
-    pure noise to what is returned, in `frames_per_gif` frames (steps + 1 if that is fewer). Raises
-    BadInput for numbers out of range.
+    `label` is a class, or one for each image; None (or -1) is every class in turn. The GIF shows
+    the first 100 images from pure noise to what is returned; gif_name=None writes none. `flags`
+    (guidance, sample_steps, variance, SEED) stand in for the module's. Raises BadInput for values
+    out of range.
     """
+    flags = current_flags(n_samples=n_samples, **flags)
     device = ddpm.to(device or ddpm.device).device
+    labels = labels_of(label, n_samples, ddpm.n_classes, device)
     chw = [given or own for given, own in zip((c, h, w), ddpm.image_chw, strict=True)]
-    steps = ddpm.n_steps if sample_steps is None else sample_steps
-    if n_samples < 1 or frames_per_gif < 2 or guidance < 1 or variance not in (1, 2):
-        raise BadInput("n_samples and guidance start at 1, frames_per_gif at 2, variance is 1 or 2")
-    if not 1 <= steps <= ddpm.n_steps:
-        raise BadInput(f"sample_steps must be from 1 to n_steps, {ddpm.n_steps}")
-    generator = torch.Generator(device).manual_seed(seed)
-    shown = set(np.linspace(0, steps, min(frames_per_gif, steps + 1)).round().astype(int).tolist())
+    n_steps = min(flags.sample_steps or ddpm.n_steps, ddpm.n_steps)
+    shown = falling_steps(min(frames_per_gif, n_steps + 1), n_steps)
+    generator = torch.Generator(device).manual_seed(flags.SEED)
     frames, images = [], []
-    bar = tqdm(total=steps * math.ceil(n_samples / CHUNK), desc="Sampling", disable=NO_BAR)
-    for first in range(0, n_samples, CHUNK):
-        n = min(CHUNK, n_samples - first)
-        noise = torch.randn(n, *chw, generator=generator, device=device)
-        for i, x in enumerate(reverse_process(ddpm, noise, steps, guidance, variance, generator)):
-            if gif_name and first == 0 and i in shown:
-                frames.append(tile(x[:GIF_IMAGES]))
-            bar.update(i > 0)
+    for chunk in torch.arange(n_samples, device=device).split(CHUNK):
+        x = torch.randn(len(chunk), *chw, generator=generator, device=device)
+        if n_steps == ddpm.n_steps:
+            xs = reverse_process(ddpm, x, labels[chunk], flags.guidance, flags.variance, generator)
+        else:
+            xs = fast_sampler(ddpm, x, labels[chunk], flags.guidance, n_steps)
+        for i, x in enumerate(tqdm(xs, "Sampling", n_steps + 1, disable=NO_BAR)):
+            if gif_name and not images and n_steps - i in shown:
+                frames.append(tile(x[:100]))
         images.append(x)
-    bar.close()
     if gif_name:
         write_gif(frames, gif_name)
     return torch.cat(images)
 
 
-@torch.no_grad()
-def reverse_process(ddpm, x, steps, guidance, variance, generator):
-    """Yields x_T, the given noise (n, c, h, w), and then x after each of the steps down to x_0.
+def labels_of(label, n, n_classes, device):
+    """-> classes of n images (n,), from one for all or n of them; -1 or None: every class in turn.
 
-    steps = n_steps is Algorithm 2 of [1] with x_0 clipped to [-1, 1]: the mean of the next x is
-    that of q(x_{t-1} | x_t, x_0), eq. 6 and 7, and `variance` tells its noise. Fewer steps are
-    larger ones of the same kind, always with beta-tilde, towards an x_0 extrapolated from the last
-    two guesses: jumping over t is of [2, sec. 4.2], the extrapolation of SDE-DPM-Solver++(2M) [3].
-    `guidance`, that of MyDDPM.backward, begins at 0.6 n_steps.
+    Raises BadInput for a class that doesn't exist, or another number of them than 1 and n.
     """
-    # In float64 on the host: the loop never waits for the device.
-    alpha_bars = (1 - ddpm.betas.cpu().double()).cumprod(0).tolist()
-    # The last steps need more care: t falls quadratically, and no t is used twice.
-    times = (ddpm.n_steps - 1) * np.linspace(1, 0, steps) ** 2
-    times = np.maximum(times, np.arange(steps)[::-1]).round().astype(int).tolist()
-    whole = steps == ddpm.n_steps
-    last_x0 = last_log_snr = None
-    yield x
-    for t, t_next in zip(times, times[1:] + [None], strict=True):
-        a, a_next = alpha_bars[t], 1.0 if t_next is None else alpha_bars[t_next]
-        # While x is nearly all noise, guidance only makes the images more alike.
-        guess = functools.partial(ddpm.backward, guidance=guidance if t < 0.6 * ddpm.n_steps else 1)
-        eta_theta = in_shares(guess, x, torch.full((len(x),), t, device=x.device))
-        x0 = ((x - (1 - a) ** 0.5 * eta_theta) / a**0.5).clamp(-1, 1)
-        if t_next is None:
-            yield x0
-            return
-        log_snr, next_log_snr = math.log(a / (1 - a)), math.log(a_next / (1 - a_next))
-        target = x0
-        if not whole and last_x0 is not None:
-            target = x0 + (next_log_snr - log_snr) / (log_snr - last_log_snr) / 2 * (x0 - last_x0)
-        last_x0, last_log_snr = x0, log_snr
-        beta = 1 - a / a_next
-        beta_tilde = (1 - a_next) / (1 - a) * beta
-        x = (a_next**0.5 * beta * target + (a / a_next) ** 0.5 * (1 - a_next) * x) / (1 - a)
-        z = torch.randn(x.shape, generator=generator, device=x.device)
-        x += (beta if variance == 1 and whole else beta_tilde) ** 0.5 * z
-        yield x
+    labels = torch.as_tensor(-1 if label is None else label, device=device)
+    whole = not labels.is_floating_point() and labels.shape in ((), (n,))
+    if not whole or labels.min() < -1 or labels.max() >= n_classes:
+        raise BadInput(f"label must be one of {n_classes} classes, or {n} of them, not {label}")
+    in_turn = torch.arange(n, device=device) % max(n_classes, 1)
+    return torch.where(labels == -1, in_turn, labels)
 
 
-# %% Figures: one grey scale, -1 is black and 1 is white
-def write_gif(frames, path):
-    """Writes uint8 frames (h, w), or (h, w, 3), as a GIF that rests on the first and the last."""
-    durations = [500] + [40] * (len(frames) - 2) + [3000]  # in ms
-    how = {"extension": ".gif", "duration": durations, "loop": 0, "optimize": False}
-    with whole_file(path) as temporary:
-        imageio.imwrite(temporary, frames, **how)
-
-
+# %% Pictures: one grey scale, -1 is black and 1 is white
 def tile(images, gap=0):
-    """Images (n, c, h, w) in [-1, 1] -> uint8 array (rows * h, columns * w), c behind if c > 1.
+    """Images (n, c, h, w) in [-1, 1] -> one uint8 picture (height, width), or (.., c) if c > 1.
 
-    As square as it gets; missing images are black, as are `gap` pixels after each image.
+    Ten in a row, so that classes in turn have a column each, with `gap` pixels between them.
     """
-    n = len(images)
-    columns = math.ceil(n**0.5)
-    # Two full rows of five look better than ten images in a grid of three times four.
-    columns = next((k for k in range(columns, int(2 * n**0.5) + 1) if n % k == 0), columns)
     pixels = ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-    pixels = F.pad(pixels, (0, gap, 0, gap, 0, 0, 0, -n % columns))
-    grid = einops.rearrange(pixels, "(r k) c h w -> (r h) (k w) c", k=columns)
-    return grid.squeeze(-1).cpu().numpy()
+    grid = make_grid(pixels, nrow=min(len(images), 10), padding=gap)[: images.shape[1]]
+    return grid.permute(1, 2, 0).squeeze(2).cpu().numpy()
+
+
+def write_gif(frames, path):
+    """Writes uint8 pictures as a GIF that rests on the first and on the last of them."""
+    pictures = [frame // 16 * 17 for frame in frames[:-1]] + frames[-1:]  # noise needs few greys
+    durations = [500] + [60] * (len(frames) - 2) + [3000]  # in ms
+    with whole_file(path) as temporary:
+        imageio.imwrite(temporary, pictures, extension=".gif", duration=durations, loop=0)
 
 
 def show_images(images, title="", path=None):
     """Draws images (n, c, h, w) in [-1, 1] as one grid; written to `path`, shown if possible."""
-    images = torch.as_tensor(images).detach()
-    if len(images) == 0:
-        raise BadInput("there are no images to show")
-    grid = tile(images, gap=1)
-    figure, axes = plt.subplots(figsize=(6, 6 * grid.shape[0] / grid.shape[1] + 0.4))
-    axes.imshow(grid, cmap="gray", vmin=0, vmax=255)
-    axes.set_title(title)
-    axes.axis("off")
-    finish(figure, path)
+    grid = tile(torch.as_tensor(images).detach(), gap=1)
+    with figure_for(path, 7 * grid.shape[0] / grid.shape[1] + 0.4) as axes:
+        axes.imshow(grid, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+        axes.set_title(title)
+        axes.axis("off")
 
 
 def show_first_batch(loader, path=None):
@@ -862,30 +526,26 @@ def show_first_batch(loader, path=None):
 
 
 def show_forward(ddpm, loader, device=None, path=None):
-    """Draws 16 images of the first batch after 0, 25, 50, 75 and 100 % of the forward process."""
-    x0 = next(iter(loader))[0][:16].to(device or ddpm.device)
-    figure, all_axes = plt.subplots(1, 5, figsize=(12, 2.7), layout="constrained")
-    for percent, axes in zip((0, 25, 50, 75, 100), all_axes, strict=True):
-        t = max(percent * ddpm.n_steps // 100 - 1, 0)
-        noisy = x0 if percent == 0 else ddpm(x0, torch.full((len(x0),), t, device=x0.device))
-        axes.imshow(tile(noisy, gap=1), cmap="gray", vmin=0, vmax=255)
-        axes.set_title(f"{percent} %")
-        axes.axis("off")
-    finish(figure, path)
+    """Draws ten images of the first batch after 0, 25, 50, 75 and 100 % of the forward process."""
+    x0 = next(iter(loader))[0][:10].to(device or ddpm.device)
+    steps = [ddpm.n_steps * percent // 100 - 1 for percent in (25, 50, 75, 100)]
+    rows = [x0] + [ddpm(x0, [t] * len(x0)) for t in steps]
+    show_images(torch.cat(rows), "After 0, 25, 50, 75 and 100 % of the steps", path)
 
 
 def show_losses(losses, path=None):
     """Draws the loss of each epoch."""
-    figure, axes = plt.subplots(figsize=(6, 3.5), layout="constrained")
-    axes.plot(range(1, len(losses) + 1), losses, marker=".")
-    axes.set(xlabel="epoch", ylabel="mean squared error of the noise", title="Training loss")
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.grid(alpha=0.3)
-    finish(figure, path)
+    with figure_for(path, 4) as axes:
+        axes.plot(range(1, len(losses) + 1), losses, marker=".")
+        axes.set(xlabel="epoch", ylabel="mean squared error of the noise", title="Training loss")
+        axes.grid(alpha=0.3)
 
 
-def finish(figure, path):
-    """Writes the figure to `path`, if given, and shows it on a screen or in a notebook."""
+@contextmanager
+def figure_for(path, height):
+    """Gives axes to draw on; then writes them to `path`, if given, and shows them if possible."""
+    figure, axes = plt.subplots(figsize=(7, height), num=path and str(path), clear=True)
+    yield axes
     if path:
         with whole_file(path) as temporary:
             figure.savefig(temporary, dpi=150, bbox_inches="tight", pad_inches=0.05)
@@ -895,104 +555,222 @@ def finish(figure, path):
         plt.show(block=False)
 
 
-# %% Main: train, draw, and report every fault in one clear line
-def run(flags, device):
-    """The whole job, from the images to the GIF. Raises what the functions above raise."""
-    start = time.perf_counter()
-    rank, world_size = share()
-    out_dir = Path(flags.out_dir)
-    path = out_dir / ("fashion" if flags.fashion else "mnist")
-    store_path = path.with_suffix(".pt")
-    if rank == 0:
-        prepare_folder(out_dir)
-    torch.backends.cudnn.deterministic = True
-    torch.manual_seed(flags.SEED)
-    if flags.no_train:
-        ddpm = load_model(store_path, device)
-        schedule = ["fashion", "n_steps", "min_beta", "max_beta"]
-        compare_flags(store_path, ddpm.info["flags"], vars(flags), schedule)
+# %% Running it: errors, flags, files, devices, processes, main
+# Progress bars are for terminals (None: only there) and notebooks.
+NO_BAR = False if "ipykernel" in sys.modules else None
+
+
+class BadInput(ValueError):
+    """An error that the user can put right: the text says what is wrong and what to do."""
+
+
+def current_flags(**given):
+    """-> Namespace of all flags: those `given`, unless None, and else the module's values.
+
+    Raises BadInput with the flag's name and range for the first one out of range.
+    """
+    flags = {}
+    for name, (_, kind, *limits) in FLAGS.items():
+        value = globals()[name] if given.get(name) is None else given[name]
+        low, high = limits or (value, value)
+        if not isinstance(value, (kind, int)) or not low <= value <= high:
+            raise BadInput(f"{name} must be {kind.__name__} in {limits}, not {value!r}")
+        flags[name] = value
+    return argparse.Namespace(**flags)
+
+
+def read_flags(argv=None):
+    """-> Namespace of all flags: the command line `argv`, and else the values at the top.
+
+    Raises BadInput for an unknown flag or a value that makes no sense.
+    """
+
+    def true_or_false(text):
+        return bool(("False", "True").index(text))
+
+    def refuse(message):
+        raise BadInput(f"{message} (--help lists the flags)")
+
+    classes = ", ".join(f"{i} {name}" for i, name in enumerate(FashionMNIST.classes))
+    parser = argparse.ArgumentParser(epilog=f"The labels of Fashion-MNIST are {classes}.")
+    parser.error = refuse
+    for name, (text, kind, *_) in FLAGS.items():
+        option = parser.add_argument("--" + name.lower().replace("_", "-"), dest=name, type=kind)
+        option.help = f"{text} (default: {globals()[name]})"
+        if kind is bool:
+            option.type, option.nargs, option.const = true_or_false, "?", True
+    return current_flags(**vars(parser.parse_args(argv)))
+
+
+@contextmanager
+def whole_file(path):
+    """Gives a temporary path beside `path`; what is written there replaces `path` at the end.
+
+    So a kill or a full disk leaves the old file as it was. Raises OSError if it can't be written.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.stem}-{os.getpid()}{path.suffix}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except OSError as error:
+        raise OSError(f"can't write {path}: {error.strerror or error}") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def store(path, ddpm, flags, losses, parts):
+    """Writes the model with all that load_model needs, and the state of the `parts` of a training."""
+    betas = ddpm.betas.tolist()
+    content = {
+        "weights": ddpm.state_dict(),
+        "network": getattr(ddpm.network, "settings", None),
+        "model": [ddpm.n_steps, betas[0], betas[-1], None, ddpm.image_chw],
+        "flags": flags,
+        "losses": losses,
+        "parts": [part.state_dict() for part in parts],
+    }
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    with whole_file(path) as temporary:
+        temporary.write_bytes(buffer.getvalue())
+
+
+def load_model(store_path, device=None):
+    """-> MyDDPM in eval mode, rebuilt from the file alone; `.info` holds its flags and losses.
+
+    Raises BadInput if the file is missing, damaged, holds code, or doesn't fit MyUNet.
+    """
+    try:
+        with zipfile.ZipFile(store_path) as archive:
+            if archive.testzip():  # torch.load doesn't look at the checksums
+                raise zipfile.BadZipFile("a wrong checksum")
+        info = torch.load(store_path, map_location=device or "cpu", weights_only=True)
+        ddpm = MyDDPM(MyUNet(*info["network"]), *info["model"])
+        ddpm.load_state_dict(info["weights"])
+    except Exception as error:  # noqa: BLE001 - a foreign file can raise almost anything
+        text = f"no weights for this program in {store_path}: train first"
+        raise BadInput(f"{text} ({type(error).__name__}: {error})") from None
+    ddpm.info = info
+    return ddpm.to(device).eval()
+
+
+def find_device():
+    """-> the device to compute on: this process's GPU if CUDA is available, or else the CPU."""
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def fast_precision(device):
+    """-> autocast to bf16 where the hardware multiplies it faster than fp32, or a disabled one."""
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        network = MyUNet(flags.n_steps, betas=(flags.min_beta, flags.max_beta))
-        ddpm = MyDDPM(network, flags.n_steps, flags.min_beta, flags.max_beta, device)
-    images = load_images(flags.fashion, data_dir=flags.data_dir, device=device)
-    loader = Batches(images[: flags.n_images], flags.batch_size)
-    print(f"Using device: {device}" + f" ({world_size} processes)" * (world_size > 1))
+        fast = torch.cpu.get_capabilities().get("avx512_bf16", False)
+    return torch.autocast(device.type, torch.bfloat16, enabled=fast)
+
+
+def rank_and_size():
+    """-> (rank, number of processes): (0, 1) unless torchrun has started several."""
+    if not distributed.is_initialized():
+        return 0, 1
+    return distributed.get_rank(), distributed.get_world_size()
+
+
+def sum_over_processes(tensors):
+    """Replaces each tensor by its sum over all processes."""
+    if distributed.is_initialized():
+        for tensor in tensors:
+            distributed.all_reduce(tensor)
+
+
+def join_processes():
+    """Joins the processes that torchrun started, if any; only the first one prints.
+
+    Raises BadInput if they don't find each other.
+    """
+    if "WORLD_SIZE" in os.environ:
+        try:
+            distributed.init_process_group()
+        except (ValueError, RuntimeError) as error:
+            raise BadInput(f"found no other processes: use torchrun ({error})") from None
+    if rank_and_size()[0] > 0:
+        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+
+
+def make_model(flags, store_path, device):
+    """-> MyDDPM, new or from the file. Raises BadInput if the file doesn't fit the flags."""
+    if not flags.no_train and not flags.resume:
+        network = MyUNet(flags.n_steps)
+        return MyDDPM(network, flags.n_steps, flags.min_beta, flags.max_beta, device)
+    ddpm = load_model(store_path, device)
+    if flags.resume and not ddpm.info["parts"]:
+        raise BadInput(f"{store_path} has finished its training: leave out --resume")
+    names = ["fashion", "n_steps", "min_beta", "max_beta"]
+    if flags.resume:
+        names += ["SEED", "batch_size", "n_epochs", "n_images", "lr"]
+    trained = {name: ddpm.info["flags"][name] for name in names}
+    if not trained.items() <= vars(flags).items():
+        raise BadInput(f"{store_path} was trained with {trained}: give the same, or train anew")
+    return ddpm
+
+
+def run(flags):
+    """The whole job, from the images to the GIF. Raises what the functions above raise."""
+    device, (rank, world_size) = find_device(), rank_and_size()
+    if flags.batch_size % world_size:
+        raise BadInput(f"batch_size must be a multiple of the {world_size} processes")
+    path = Path(flags.out_dir, "fashion" if flags.fashion else "mnist")
+    store_path = path.with_suffix(".pt")
+    torch.manual_seed(flags.SEED)
+    ddpm = make_model(flags, store_path, device)
+    if rank > 0:
+        distributed.barrier()  # the first process unpacks the archives
+    dataset = load_data(flags.fashion, device=device)
+    if rank == 0 and world_size > 1:
+        distributed.barrier()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadInput(f"give another out_dir: {error}") from None
+    loader = batches(TensorDataset(*dataset[: flags.n_images]), flags.batch_size)
+    print(f"Using device: {device}, {world_size} process(es)")
     print(f"Parameters: {sum(p.numel() for p in ddpm.network.parameters()):,}")
     if rank == 0:
         torch.manual_seed(flags.SEED)
         show_first_batch(loader, f"{path}_first_batch.png")
-        torch.manual_seed(flags.SEED)
         show_forward(ddpm, loader, device, f"{path}_forward.png")
-    if flags.no_train:
-        losses = ddpm.info["losses"]
-    else:
-        optim, how = Muon(ddpm.parameters(), flags.lr), {"flags": vars(flags)}
-        losses = training_loop(ddpm, loader, flags.n_epochs, optim, store_path=store_path, **how)
+    if not flags.no_train:
+        optims, how = make_optimizers(ddpm.network, flags.lr), (device, flags.display, store_path)
+        training_loop(ddpm, loader, flags.n_epochs, optims, *how, vars(flags))
     if rank == 0:
-        show_losses(losses, f"{path}_loss.png")
-    gif_name = path.with_suffix(".gif") if rank == 0 else None
-    names = ["n_samples", "frames_per_gif", "sample_steps", "guidance", "variance"]
-    how = {name: getattr(flags, name) for name in names} | {"seed": flags.SEED}
-    generated = generate_new_images(ddpm, device=device, gif_name=gif_name, **how)
-    if rank == 0:
-        show_images(generated[:10], "Generated images", f"{path}_10.png")
-        show_images(generated[:100], "Generated images", f"{path}_100.png")
-    seconds = time.perf_counter() - start
-    if rank == 0 and not flags.no_train:
-        write_note(path.with_suffix(".txt"), flags, device, losses, seconds)
-    print(f"Pictures are in {out_dir} ({seconds:.0f} s)")
-
-
-def write_note(path, flags, device, losses, seconds):
-    """Writes into the text file `path` what made the weights and pictures beside it."""
-    versions = ", ".join(f"{module.__name__} {module.__version__}" for module in (torch, np))
-    lines = [f"# Python {platform.python_version()}, {versions}"]
-    lines += [f"# {device}, {torch.get_num_threads()} threads, {share()[1]} process(es)"]
-    lines += [f"# {seconds:.0f} seconds from the images to the pictures"]
-    lines += [f"{name} = {getattr(flags, name)!r}" for name in FLAGS if not name.endswith("_dir")]
-    lines += ["losses = [" + ", ".join(f"{loss:.4f}" for loss in losses) + "]"]
-    with whole_file(path) as temporary:
-        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
-
-
-def prepare_folder(out_dir):
-    """Makes the folder of weights and pictures. Raises BadInput if nothing can be written there."""
-    try:
-        out_dir.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=out_dir).close()
-    except OSError as error:
-        raise BadInput(f"can't write into {out_dir} ({error.strerror}): choose another out_dir")
+        show_losses(load_model(store_path).info["losses"], f"{path}_loss.png")
+        images = generate_new_images(ddpm, device=device, gif_name=f"{path}.gif", **vars(flags))
+        show_images(images[:10], "Generated images", f"{path}_10.png")
+        show_images(images[:100], "Generated images", f"{path}_100.png")
+        print(f"Pictures are in {flags.out_dir}")
 
 
 def main(argv=None):
     """Runs the job with the command line `argv` (None: that of the program).
 
-    Raises SystemExit, after one line on stderr: 2 for bad input, 1 if the loss diverges or a file
-    can't be written, 130 after Ctrl-C, 143 after SIGTERM.
+    Raises SystemExit after one line on stderr: status 2 for bad input, 1 if the loss is not finite
+    or a file can't be written, 130 after Ctrl-C.
     """
-
-    def terminate(signal_number, frame):
-        raise KeyboardInterrupt(128 + signal_number)
-
-    previous = signal.signal(signal.SIGTERM, terminate)
     try:
-        flags, device = read_flags(argv), find_device()
-        with all_processes(device, flags.batch_size):
-            run(flags, device)
+        join_processes()
+        run(read_flags(argv))
         plt.show()
-    except KeyboardInterrupt as stop:
-        message = "stopped: add --resume to go on with a training after its last finished epoch"
-        status = stop.args[0] if stop.args else 130
+        return
+    except KeyboardInterrupt:
+        message, status = "stopped; --resume goes on after the last finished epoch", 130
     except BadInput as error:
         message, status = error, 2
     except (FloatingPointError, OSError) as error:
         message, status = error, 1
-    else:
-        return
-    finally:
-        signal.signal(signal.SIGTERM, previous)
-    if os.environ.get("LOCAL_RANK", "0") == "0":  # of several processes, one on each machine
-        print(f"\nddpm.py: {message}", file=sys.stderr)
+    print("\nddpm.py:", *str(message).split(), file=sys.stderr)
     raise SystemExit(status)
 
 

@@ -1,87 +1,117 @@
-"""What the tests share: real images, a network that knows the answer, one short training."""
+"""What the tests share: real images, a short training, the program in a process of its own."""
 
+import multiprocessing
+import os
+import signal
 import sys
 from pathlib import Path
 
 import matplotlib
-import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch.utils.data import TensorDataset
 
 matplotlib.use("Agg")
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 
 import ddpm
 
-
-def alpha_bars(n_steps=1000, min_beta=1e-4, max_beta=0.02):
-    """The schedule in float64, written down independently of the program."""
-    return torch.from_numpy(np.cumprod(1 - np.linspace(min_beta, max_beta, n_steps)))
-
-
-class KnowsImages(nn.Module):
-    """Answers with exactly the noise that lies between `images` and x_t; keeps every x it saw."""
-
-    def __init__(self, images, schedule):
-        super().__init__()
-        self.images, self.alpha_bars, self.seen = images, alpha_bars(*schedule), []
-
-    def forward(self, x, t):
-        self.seen.append(x)
-        a = self.alpha_bars[t.flatten()].reshape(-1, 1, 1, 1)
-        return ((x - a.sqrt() * self.images[: len(x)]) / (1 - a).sqrt()).float()
-
-
-@pytest.fixture(scope="session")
-def knows():
-    """knows(images, n_steps, min_beta, max_beta) -> MyDDPM whose reverse process leads to them."""
-
-    def model(images, n_steps=1000, min_beta=1e-4, max_beta=0.02):
-        schedule = n_steps, min_beta, max_beta
-        return ddpm.MyDDPM(KnowsImages(images, schedule), *schedule)
-
-    return model
+SMALL = ["--n-images=300", "--batch-size=100", "--n-epochs=3", "--sample-steps=3", "--n-samples=12"]
 
 
 @pytest.fixture(scope="session")
 def digits():
-    """uint8 (3000, 28, 28): the first training images of MNIST."""
-    return ddpm.load_images()[:3000]
+    """TensorDataset of 2,000 training images (n, 1, 28, 28) of MNIST and their labels."""
+    return TensorDataset(*ddpm.load_data()[:2000])
 
 
 @pytest.fixture(scope="session")
 def images(digits):
-    """float (500, 1, 28, 28) in [-1, 1]."""
-    return digits[:500].unsqueeze(1).float() / 127.5 - 1
+    """(100, 1, 28, 28) in [-1, 1]."""
+    return digits.tensors[0][:100]
 
 
-@pytest.fixture(scope="session")
-def train():
-    """train(images, store_path, n_epochs, SEED=..., ...) -> MyDDPM and what training_loop returns.
+@pytest.fixture
+def train(digits, tmp_path):
+    """train(n_epochs, ...) -> MyDDPM trained on 1,000 digits, its losses and its weights' path."""
 
-    The loader, the network's size and the schedule differ from the defaults on purpose: a weights
-    file that stored only half of them would be rebuilt wrongly.
-    """
-
-    def train(images, store_path, n_epochs=2, wrap=lambda loader: loader, resume=False, **flags):
-        flags = {"SEED": 0, "batch_size": 32, **flags}
-        torch.manual_seed(flags["SEED"])
-        network = ddpm.MyUNet(1000, 64, betas=(2e-4, 0.03))
-        model = ddpm.MyDDPM(network, 1000, 2e-4, 0.03)
-        optim = torch.optim.AdamW(model.parameters(), 0.01)
-        loader = wrap(ddpm.Batches(images, flags["batch_size"]))
-        losses = ddpm.training_loop(
-            model, loader, n_epochs, optim, store_path=store_path, flags=flags | {"resume": resume}
+    def train(n_epochs=1, network=None, dataset=None, optim=None, **how):
+        torch.manual_seed(0)
+        model = ddpm.MyDDPM(network or ddpm.MyUNet())
+        loader = ddpm.batches(dataset or TensorDataset(*digits[:1000]), 50)
+        optim = optim or ddpm.make_optimizers(model.network, 0.02)
+        path = tmp_path / "weights.pt"
+        return (
+            model,
+            ddpm.training_loop(model, loader, n_epochs, optim, store_path=path, **how),
+            path,
         )
-        return model, losses
 
     return train
 
 
+def child(argv, folder, prepare):
+    """Runs the program in this new process, its output in files below `folder`."""
+    os.chdir(folder)
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a parent may have ignored it
+    if prepare:
+        prepare()
+    ddpm.main(argv)
+
+
 @pytest.fixture(scope="session")
-def trained(train, digits, tmp_path_factory):
-    """-> MyDDPM after two short epochs on real images, its losses, its weights file."""
-    store_path = tmp_path_factory.mktemp("trained") / "weights.pt"
-    model, losses = train(digits[:1600], store_path)
-    return model.eval(), losses, store_path
+def start():
+    """start(folder, "--flag", ...) -> process of a small run of the program, outputs in folder/out.
+
+    The processes come from a server that has imported the program once: real ones, with signals
+    and limits of their own, that start in no time.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["ddpm"])
+
+    def start(folder, *argv, prepare=None):
+        argv = [*SMALL, "--out-dir", "out", *map(str, argv)]
+        process = context.Process(target=child, args=(argv, folder, prepare))
+        process.start()
+        return process
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def finish():
+    """finish(process, folder, status) -> what it wrote on stderr, once it has ended with it."""
+
+    def finish(process, folder, status=0):
+        process.join(120)
+        text = (folder / "stderr").read_text()
+        assert process.exitcode == status, text
+        return text.strip()
+
+    return finish
+
+
+@pytest.fixture(scope="session")
+def whole_run(start, finish, tmp_path_factory):
+    """A folder whose `out` holds what a small run wrote that nothing has disturbed."""
+    folder = tmp_path_factory.mktemp("whole")
+    finish(start(folder), folder)
+    return folder
+
+
+@pytest.fixture
+def bad_input(capsys):
+    """bad_input("--flag", ...) -> the one line with which the program refuses, with status 2."""
+
+    def bad_input(*argv, status=2):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            ddpm.main([str(word) for word in argv])
+        lines = capsys.readouterr().err.strip().splitlines()
+        assert (stop.value.code, len(lines)) == (status, 1), lines
+        return lines[0]
+
+    return bad_input
