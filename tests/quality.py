@@ -1,8 +1,8 @@
 """How good are the generated images? Run by hand: python tests/quality.py [weights.pt ...]
 
 The judge is a small classifier, trained here once per data set on the training images. Generated
-images are compared with the test images in its features, beside the same number of real training
-images: their FID is the floor. The figures can be compared within one classifier only.
+images, every class in turn, are compared with the test images in its features, beside as many real
+training images. The figures can be compared within one classifier and one number of images only.
 """
 
 import argparse
@@ -18,13 +18,12 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torchvision import datasets
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import ddpm
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DEVICE = ddpm.find_device()
 NAMES = {False: "MNIST", True: "Fashion-MNIST"}
 
 
@@ -78,31 +77,32 @@ def features(net, images):
     return torch.cat([net.body(x.to(DEVICE)[:, None].float() / 255) for x in batches])
 
 
-@torch.no_grad()
-def classifier(fashion):
-    """-> Classifier in eval mode, from the cache if it was trained before; prints its accuracy."""
+def load(fashion, train):
+    """-> images (n, 28, 28) uint8 and labels (n,)."""
+    images, labels = ddpm.load_data(fashion, train).tensors
+    return to_uint8(images), labels
+
+
+def to_uint8(images):
+    """(n, 1, 28, 28) in [-1, 1] -> (n, 28, 28) uint8, as a saved picture would be."""
+    return ((images[:, 0].clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
+def judge_of(fashion, images, labels):
+    """-> Classifier in eval mode, from the cache if it was trained before."""
     recipe = inspect.getsource(Classifier) + inspect.getsource(train_classifier)
     digest = hashlib.sha256(recipe.encode()).hexdigest()[:12]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ddpm-quality"
     path = cache / f"{NAMES[fashion].lower()}-{digest}.pt"
-    kind = datasets.FashionMNIST if fashion else datasets.MNIST
-    images, test = (ddpm.load_images(fashion, train=train) for train in (True, False))
-    labels, test_labels = (
-        kind(ROOT / "datasets", train=train, download=True).targets for train in (True, False)
-    )
-    if path.exists():
-        net = Classifier().to(DEVICE, memory_format=torch.channels_last).eval()
-        net.load_state_dict(torch.load(path, map_location=DEVICE, weights_only=True))
-    else:
+    if not path.exists():
         print(f"training the {NAMES[fashion]} classifier, once: a minute or two", flush=True)
-        with torch.enable_grad():
-            net = train_classifier(images, labels)
+        net = train_classifier(images, labels)
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=cache, delete=False) as file:
             torch.save(net.state_dict(), file)
         os.replace(file.name, path)
-    right = net.head(features(net, test)).argmax(1).cpu() == test_labels
-    print(f"{NAMES[fashion]} classifier: {right.double().mean():.2%} of the test images right")
+    net = Classifier().to(DEVICE, memory_format=torch.channels_last).eval()
+    net.load_state_dict(torch.load(path, map_location=DEVICE, weights_only=True))
     return net
 
 
@@ -116,19 +116,6 @@ def frechet(a, b):
     cross = np.sqrt(np.linalg.eigvalsh(root @ cov_b @ root).clip(0)).sum()
     shift = ((a.mean(0) - b.mean(0)) ** 2).sum()
     return float(shift + np.trace(cov_a) + np.trace(cov_b) - 2 * cross)
-
-
-def to_uint8(images):
-    """(n, 1, 28, 28) in [-1, 1] -> (n, 28, 28) uint8, as a saved picture would be."""
-    return ((images[:, 0].clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-
-
-def generate(model, n, steps, guidance):
-    """-> (n, 28, 28) uint8, and the seconds it took."""
-    start = time.perf_counter()
-    how = {"gif_name": None, "sample_steps": steps, "guidance": guidance}
-    images = ddpm.generate_new_images(model, n, DEVICE, **how)
-    return to_uint8(images).cpu(), time.perf_counter() - start
 
 
 def precision_recall(real, fake, k=3, chunk=1000):
@@ -160,102 +147,97 @@ def nearest(images, train, chunk=500):
     return torch.cat(distances)
 
 
-HEADER = """\
-                                      FID/  class shares, %    precision recall  nearest, L2   time
-images                 steps     FID floor   min   max    TV       %       %     1st %  median    s"""
+def frechet_and_error(a, b, parts=10):
+    """-> frechet(a, b) and its standard error: the jackknife that leaves out a tenth of `a`."""
+    without = [frechet(torch.cat([*rest]), b) for rest in leave_one_out(a.chunk(parts))]
+    spread = np.square(np.subtract(without, np.mean(without))).sum()
+    return frechet(a, b), float((spread * (parts - 1) / parts) ** 0.5)
+
+
+def leave_one_out(chunks):
+    return [chunks[:i] + chunks[i + 1 :] for i in range(len(chunks))]
+
+
+COLUMNS = ["FID", "+-", "floors", "other", "learner", "precision", "recall", "nearest", "seconds"]
 LEGEND = """
-FID           squared Frechet distance of the features to the test images'; lower is better. The
-              floor is that of as many real training images: 1.0 x floor is as good as real.
-class shares  of the predicted classes: the smallest, the largest, and the total variation distance
-              from the test images' shares; lower TV is better.
-precision     generated images that lie among the real ones (fidelity); higher is better.
-recall        real images that lie among the generated ones (variety); higher is better.
-nearest       pixel distance (values 0..1) to the nearest training image: 1st percentile and median;
-              near the test images' is good, far below them is memorized, above them is noise."""
-
-
-def shares(net, feats):
-    """(n, d) features -> (10,) shares of the predicted classes."""
-    return net.head(feats).argmax(1).bincount(minlength=10).double() / len(feats)
+FID        squared Frechet distance of the features to those of the test images, with its standard error
+floors     the FID in units of that of as many real training images
+other      % of images that the classifier takes for another class than the one asked for
+learner    test accuracy, %, of a classifier that has learned from these images and labels alone
+precision  % of these images that lie among real ones (fidelity); recall: the reverse (variety)
+nearest    median distance (pixels 0 to 1) to the nearest training image: far below that of test
+           images is memorized"""
 
 
 class Judge:
-    """The measures of one data set; prints its reference rows when built."""
+    """The measures of one data set; prints its reference rows when made."""
 
-    @torch.no_grad()
-    def __init__(self, fashion, n):
-        print()
-        self.net = classifier(fashion)
-        self.train, self.test = (ddpm.load_images(fashion, train=train) for train in (True, False))
+    def __init__(self, fashion, n, learn):
+        self.train, train_labels = load(fashion, train=True)
+        self.test, self.test_labels = load(fashion, train=False)
+        self.net, self.learn = judge_of(fashion, self.train, train_labels), learn
         self.test_feats = features(self.net, self.test)
-        self.test_shares = shares(self.net, self.test_feats)
         choice = torch.randperm(len(self.train), generator=torch.Generator().manual_seed(0))[:n]
         self.floor = frechet(features(self.net, self.train[choice]), self.test_feats)
-        print(f"{n:,} images a row against {len(self.test):,} test images\n\n{HEADER}")
-        # Each training image is its own nearest, and the test images are their own reference.
-        self.row(f"{NAMES[fashion]} training", self.train[choice], with_nearest=False)
-        self.row(f"{NAMES[fashion]} test", self.test, with_feats=False)
+        print(f"\n{NAMES[fashion]}: {n:,} images a row against the 10,000 test images\n")
+        print(f"{'images':22}" + "".join(f"{name:>10}" for name in COLUMNS))
+        self.row("training images", self.train[choice], train_labels[choice], skip=["nearest"])
+        skip = ["FID", "+-", "floors", "learner", "precision", "recall"]
+        self.row("test images", self.test, self.test_labels, skip=skip)
 
     @torch.no_grad()
-    def row(self, name, images, steps="", seconds=None, with_feats=True, with_nearest=True):
-        """Print one row of the table for (n, 28, 28) uint8 images. -> its FID, and the floor."""
+    def row(self, name, images, labels, seconds=None, skip=()):
+        """Prints a row for images (n, 28, 28) uint8 of the classes `labels` (n,)."""
         feats = features(self.net, images)
-        found = shares(self.net, feats)
-        off = (found - self.test_shares).abs().sum().item() / 2
-        fid = ratio = precision = recall = low = median = float("nan")
-        if with_feats:
-            fid = frechet(feats, self.test_feats)
-            ratio = fid / self.floor
-            precision, recall = precision_recall(self.test_feats, feats)
-        if with_nearest:
-            distances = nearest(images, self.train)
-            low, median = (distances.quantile(q).item() for q in (0.01, 0.5))
-        line = (
-            f"{name[-22:]:22} {steps:>5} {fid:7.3f} {ratio:5.1f} "
-            f"{100 * found.min():5.1f} {100 * found.max():5.1f} {100 * off:5.1f} "
-            f"{100 * precision:9.1f} {100 * recall:6.1f} {low:10.2f} {median:7.2f} "
-            + (f"{seconds:7.1f}" if seconds is not None else f"{'-':>7}")
-        )
-        print(line.replace("nan", "  -"), flush=True)
-        return fid, self.floor
+        found = {"other": 100 * (self.net.head(feats).argmax(1) != labels).double().mean()}
+        if "FID" not in skip:
+            found["FID"], found["+-"] = frechet_and_error(feats, self.test_feats)
+            found["floors"] = found["FID"] / self.floor
+            shares = precision_recall(self.test_feats, feats)
+            found["precision"], found["recall"] = (100 * share for share in shares)
+            if self.learn:
+                found["learner"] = 100 * self.accuracy(images, labels)
+        if "nearest" not in skip:
+            found["nearest"] = nearest(images, self.train).median()
+        if seconds is not None:
+            found["seconds"] = seconds
+        cells = [f"{found[key]:10.3f}" if key in found else f"{'-':>10}" for key in COLUMNS]
+        print(f"{name:22}" + "".join(cells), flush=True)
+
+    def accuracy(self, images, labels):
+        """-> test accuracy of a classifier trained on `images` only."""
+        with torch.enable_grad():
+            learner = train_classifier(images, labels, n_epochs=12)
+        found = learner.head(features(learner, self.test)).argmax(1)
+        return (found == self.test_labels).double().mean().item()
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Measure the quality of generated images.")
     parser.add_argument("weights", nargs="*", type=Path, help="default: those in outputs/")
     parser.add_argument("--n", type=int, default=10_000, help="images a row (%(default)s)")
-    parser.add_argument("--sample-steps", type=int, nargs="+", help="a row each (the flag's)")
-    parser.add_argument("--guidance", type=float, default=ddpm.guidance, help="(%(default)s)")
-    parser.add_argument("--note", action="store_true", help="add the FID to the weights' .txt")
-    parser.add_argument("--images", type=Path, help="uint8 images to measure, .npy: (n, 28, 28)")
-    parser.add_argument("--fashion", action="store_true", help="--images are of Fashion-MNIST")
+    parser.add_argument("--sample-steps", type=int, nargs="+", default=[50], help="a row each")
+    parser.add_argument("--guidance", type=float, nargs="+", default=[ddpm.guidance], help="too")
+    parser.add_argument("--seed", type=int, default=0, help="of the images (%(default)s)")
+    parser.add_argument("--no-learner", action="store_true", help="leave out its accuracy")
     args = parser.parse_args(argv)
     if not 100 <= args.n <= 60_000:
         parser.error("--n must be within 100..60000")
-    if not args.guidance >= 1:
-        parser.error("--guidance must be at least 1")
-    if args.images:
-        images = torch.from_numpy(np.load(args.images))
-        if images.dtype != torch.uint8 or images.shape[1:] != (28, 28):
-            parser.error("--images needs uint8 images of shape (n, 28, 28)")
-        Judge(args.fashion, len(images)).row(args.images.name, images)
-    defaults = [ROOT / "outputs" / name for name in ("mnist.pt", "fashion.pt")]
-    weights = args.weights or [path for path in defaults if path.exists() and not args.images]
-    if not weights and not args.images:
-        parser.error("no weights in outputs/ yet: train first, or name a file")
     judges = {}
-    for path in weights:
+    for path in args.weights or [ROOT / "outputs" / "mnist.pt", ROOT / "outputs" / "fashion.pt"]:
         model = ddpm.load_model(path, DEVICE)
         fashion = model.info["flags"]["fashion"]
         if fashion not in judges:
-            judges[fashion] = Judge(fashion, args.n)
-        for steps in args.sample_steps or [ddpm.sample_steps]:
-            images, seconds = generate(model, args.n, steps, args.guidance)
-            figures = judges[fashion].row(path.name, images, steps, seconds)
-            if args.note:
-                with path.with_suffix(".txt").open("a", encoding="utf-8") as note:
-                    note.write(f"# {args.n:,} images, {steps} steps, guidance {args.guidance:g}: ")
-                    note.write("FID {:.3f}, floor {:.3f}\n".format(*figures))
+            judges[fashion] = Judge(fashion, args.n, not args.no_learner)
+        for steps in args.sample_steps:
+            for guidance in args.guidance:
+                start = time.perf_counter()
+                how = {"sample_steps": steps, "guidance": guidance, "SEED": args.seed}
+                images = ddpm.generate_new_images(model, args.n, DEVICE, gif_name=None, **how)
+                seconds = time.perf_counter() - start
+                labels = torch.arange(args.n) % 10
+                name = f"{path.stem} {steps or model.n_steps} steps x{guidance:g}"
+                judges[fashion].row(name, to_uint8(images).cpu(), labels, seconds)
     print(LEGEND)
 
 
