@@ -88,7 +88,7 @@ FLAGS = {  # name: (what it is, type, smallest and largest value)
     "batch_size": ("images in each training step", int, 1, 60_000),
     "n_epochs": ("passes over the training images", int, 1, 100_000),
     "n_images": ("training images; fewer for a quick look", int, 1, 60_000),
-    "lr": ("peak learning rate of Muon; AdamW has a tenth of it", float, 1e-9, 1e30),
+    "lr": ("peak learning rate of Muon; Adam has a tenth of it", float, 1e-9, 1e30),
     "n_steps": ("length T of the diffusion", int, 2, 100_000),
     "min_beta": ("variance of the noise added in the first step", float, 0, 1),
     "max_beta": ("variance of the noise added in the last step", float, 0, 1),
@@ -307,11 +307,10 @@ def denoising_loss(ddpm, x0, label=None):
 
 
 def make_optimizers(network, lr):
-    """-> [Muon [6] for the matrices, AdamW for the vectors]."""
+    """-> [Muon [6] for the matrices, Adam for the vectors]."""
     matrices = [p for p in network.parameters() if p.ndim == 2]
     vectors = [p for p in network.parameters() if p.ndim != 2]
-    adamw = torch.optim.AdamW(vectors, lr / 10, betas=(0.9, 0.99), weight_decay=0)
-    return [torch.optim.Muon(matrices, lr, weight_decay=0), adamw]
+    return [torch.optim.Muon(matrices, lr, weight_decay=0), torch.optim.Adam(vectors, lr / 10)]
 
 
 def running_average(averaged, current, n):
@@ -329,7 +328,7 @@ def training_loop(
     flags["resume"], it goes on where `ddpm`, as loaded, had stopped. Raises FloatingPointError if
     the loss is not finite.
     """
-    flags = {"SEED": SEED, "resume": False} | (flags or {})
+    flags = flags or vars(current_flags())
     ddpm.to(device or ddpm.device).train()
     averaged = AveragedModel(ddpm, avg_fn=running_average)
     optims = optim if isinstance(optim, list) else [optim]
@@ -347,8 +346,7 @@ def training_loop(
             parts = parts if epoch + 1 < n_epochs else []
             store(store_path, averaged.module, flags | {"resume": False}, losses, parts)
             if display:
-                steps = min(20, ddpm.n_steps)
-                images = generate_new_images(averaged.module, 10, gif_name=None, sample_steps=steps)
+                images = generate_new_images(averaged.module, 10, gif_name=None, sample_steps=20)
                 path = f"{os.path.splitext(store_path)[0]}_10.png"
                 show_images(images, f"After epoch {epoch + 1}", path)
     ddpm.load_state_dict(averaged.module.state_dict())
@@ -357,7 +355,7 @@ def training_loop(
 
 def train_epoch(ddpm, averaged, loader, optims, epoch, n_epochs):
     """One pass over the data: updates `ddpm` and its running average. -> mean error of the noise."""
-    parameters = [p for p in ddpm.parameters() if p.requires_grad]
+    parameters = list(ddpm.parameters())
     mean_error = torch.zeros((), device=ddpm.device)
     bar = tqdm(loader, f"Epoch {epoch + 1}", leave=False, disable=NO_BAR)
     for step, batch in enumerate(bar, epoch * len(loader)):
@@ -657,10 +655,8 @@ def load_model(store_path, device=None):
 
 def find_device():
     """-> the device to compute on: this process's GPU if CUDA is available, or else the CPU."""
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-        return torch.device("cuda", torch.cuda.current_device())
-    return torch.device("cpu")
+    index = int(os.environ.get("LOCAL_RANK", "0"))
+    return torch.device("cuda", index) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def fast_precision(device):
@@ -726,11 +722,9 @@ def run(flags):
     store_path = path.with_suffix(".pt")
     torch.manual_seed(flags.SEED)
     ddpm = make_model(flags, store_path, device)
-    if rank > 0:
-        distributed.barrier()  # the first process unpacks the archives
-    dataset = load_data(flags.fashion, device=device)
-    if rank == 0 and world_size > 1:
-        distributed.barrier()
+    dataset = load_data(flags.fashion, device=device) if rank == 0 else None
+    sum_over_processes([torch.zeros(1, device=device)])  # the first one has unpacked the archives
+    dataset = dataset or load_data(flags.fashion, device=device)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
