@@ -1,14 +1,7 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = [
-#     "torch>=2.9",
-#     "torchvision>=0.24",
-#     "numpy>=2.0",
-#     "matplotlib>=3.9",
-#     "einops>=0.8",
-#     "imageio>=2.38",
-#     "tqdm>=4.67",
-# ]
+# dependencies = ["torch>=2.11", "torchvision>=0.26", "numpy>=2.0", "matplotlib>=3.9",
+#                 "einops>=0.8", "imageio>=2.38", "tqdm>=4.67"]
 # ///
 """A denoising diffusion probabilistic model of MNIST or Fashion-MNIST, in one file.
 
@@ -26,7 +19,8 @@ last the plumbing that a program needs around them.
 [4] Ronneberger, Fischer, Brox: U-Net, 2015, arXiv 1505.04597
 [5] Vaswani et al.: Attention Is All You Need, 2017, arXiv 1706.03762 (the time embedding)
 [6] Jordan et al.: Muon, 2024, kellerjordan.github.io/posts/muon
-[7] Song, Meng, Ermon: Denoising Diffusion Implicit Models, 2021, arXiv 2010.02502
+[7] Lu et al.: DPM-Solver++, 2022, arXiv 2211.01095 (the fast sampler)
+[8] Kynkaanniemi et al.: Guidance in a Limited Interval, 2024, arXiv 2404.07724
 """
 
 # %% Imports
@@ -109,7 +103,7 @@ def load_data(fashion=False, train=True, data_dir=HERE / "datasets", device=None
     except (OSError, RuntimeError, ValueError, EOFError) as error:
         names = " ".join(name for name, _ in source.resources)
         folder = Path(data_dir, source.__name__, "raw")
-        raise BadInput(f"put the original {names} into {folder}, nothing else: {error}") from None
+        raise BadInput(f"{error}: {folder} must hold {names} as published, no others") from None
     images = data.data.to(device).unsqueeze(1).float() / 127.5 - 1
     return TensorDataset(images, data.targets.to(device))
 
@@ -170,8 +164,8 @@ class MyDDPM(nn.Module):
     def backward(self, x, t, label=None, guidance=1):
         """x_t (n, c, h, w), t (n,) or (n, 1) -> eta_theta (n, c, h, w), the predicted noise.
 
-        `label` (n,) holds classes; n_classes, or None for all, stands for no label. `guidance`
-        goes that many times the way from the prediction without labels to that with them [2].
+        `label` (n,) holds classes; n_classes, or None for all, stands for no label. With guidance
+        [2] it is without_label + guidance * (with_label - without_label).
         """
         t = t.flatten()
         label = label if self.n_classes else None
@@ -189,7 +183,7 @@ class MyDDPM(nn.Module):
         return (1 - alpha_bar).sqrt() * x + alpha_bar.sqrt() * prediction.float()
 
 
-# %% Network: a UNet that is told the step and the label
+# %% Network: a UNet that knows the step and the label
 def sinusoidal_embedding(n, d):
     """-> (n, d): row t is sin and cos of t at wavelengths from 2 pi to 10,000 * 2 pi [5, sec. 3.5].
 
@@ -204,7 +198,7 @@ def sinusoidal_embedding(n, d):
 class Conv(nn.Linear):
     """A 3 x 3 convolution of (n, h, w, c_in) to (n, h, w, c_out).
 
-    Its weights are a matrix, as Muon needs them. Channels come last everywhere: nothing is copied.
+    Its weights are a matrix, as Muon needs them. Channels come last, as in all of the network.
     """
 
     def __init__(self, c_in, c_out):
@@ -217,7 +211,7 @@ class Conv(nn.Linear):
 
 
 class Block(nn.Module):
-    """Residual block: two convolutions, and between them each channel is told step and label."""
+    """Residual block: two convolutions; between them step and label shift each channel."""
 
     def __init__(self, channels, time_emb_dim):
         super().__init__()
@@ -233,7 +227,7 @@ class Block(nn.Module):
 
 
 class MyUNet(nn.Module):
-    """UNet [4] that is told the step t by a sinusoidal embedding [5], and the label by another.
+    """UNet [4] with a sinusoidal embedding of the step t [5], and a learned one of the label.
 
     It works at half and quarter resolution: each 2 x 2 square of pixels becomes channels at once,
     because full resolution costs most and decides least. On the way up, half resolution adds what
@@ -281,7 +275,7 @@ class MyUNet(nn.Module):
 
 # %% Training: predict the noise
 def denoising_loss(ddpm, x0, label=None):
-    """Lines 2 to 5 of Algorithm 1 of [1] for a batch. -> loss to learn from, mean squared error.
+    """Algorithm 1 of [1] up to its gradient, for a batch. -> loss to minimize, mean squared error.
 
     x0 is (n, c, h, w) in [-1, 1], label (n,) or None. All processes draw the same steps and noise
     and take their shares of the batch: their losses, and so their gradients, add up.
@@ -290,9 +284,9 @@ def denoising_loss(ddpm, x0, label=None):
     # One t from each of n parts of the range is less noisy than n free draws. Early steps are
     # drawn up to five times as often as late ones, and their errors divided by that.
     u = (torch.arange(n, device=x0.device) + torch.rand(n, device=x0.device)) / n
-    s = (1 - (1 - 0.96 * u).sqrt()) / 0.8
-    density = (1 - 0.8 * s) / 0.6
-    t = (s * ddpm.n_steps).long().clamp(max=ddpm.n_steps - 1)
+    fraction = (1 - (1 - 0.96 * u).sqrt()) / 0.8
+    density = (1 - 0.8 * fraction) / 0.6
+    t = (fraction * ddpm.n_steps).long().clamp(max=ddpm.n_steps - 1)
     eta = torch.randn_like(x0)
     share = slice(rank, None, world_size)
     if label is not None:
@@ -323,10 +317,10 @@ def training_loop(
 ):
     """Algorithm 1 of [1] on batches [x0, label] or [x0] of `loader`. -> mean error of each epoch.
 
-    `optim` is one optimizer or a list of them. After each epoch the averaged weights are stored
-    with `flags` (a dict), and ten images drawn if `display`; at the end `ddpm` holds them. If
-    flags["resume"], it goes on where `ddpm`, as loaded, had stopped. Raises FloatingPointError if
-    the loss is not finite.
+    `optim` is one optimizer or a list of them, whose learning rates rise and fall. After each epoch
+    the averaged weights and `flags` (a dict) go into `store_path`, and ten images are drawn if
+    `display`; at the end `ddpm` holds these weights. With flags["resume"] it goes on where the
+    loaded `ddpm` had stopped. Raises FloatingPointError if the loss is not finite.
     """
     flags = flags or vars(current_flags())
     ddpm.to(device or ddpm.device).train()
@@ -341,14 +335,15 @@ def training_loop(
         # Randomness depends on seed and epoch alone: a resumed run equals an unbroken one.
         torch.manual_seed(1_000_003 * flags["SEED"] + epoch)
         losses.append(train_epoch(ddpm, averaged, loader, optims, epoch, n_epochs))
-        tqdm.write(f"Loss at epoch {epoch + 1}: {losses[-1]:.4f} (stored in {store_path})")
         if rank_and_size()[0] == 0:
             parts = parts if epoch + 1 < n_epochs else []
             store(store_path, averaged.module, flags | {"resume": False}, losses, parts)
             if display:
-                images = generate_new_images(averaged.module, 10, gif_name=None, sample_steps=20)
+                ten = {"n_samples": 10, "sample_steps": 20, "label": -1}
+                images = generate_new_images(averaged.module, gif_name=None, **flags | ten)
                 path = f"{os.path.splitext(store_path)[0]}_10.png"
                 show_images(images, f"After epoch {epoch + 1}", path)
+        tqdm.write(f"Loss at epoch {epoch + 1}: {losses[-1]:.4f} (stored in {store_path})")
     ddpm.load_state_dict(averaged.module.state_dict())
     return losses
 
@@ -366,7 +361,7 @@ def train_epoch(ddpm, averaged, loader, optims, epoch, n_epochs):
         loss.backward()
         sum_over_processes(p.grad for p in parameters if p.grad is not None)
         # Up to the full learning rate in a twentieth of the training, then straight down to 0.
-        progress = (step + 1) / len(loader) / n_epochs
+        progress = (step + 0.5) / len(loader) / n_epochs
         factor = min(20 * progress, 1 - progress)
         for optim in optims:
             for group in optim.param_groups:
@@ -374,17 +369,17 @@ def train_epoch(ddpm, averaged, loader, optims, epoch, n_epochs):
             optim.step()
         averaged.update_parameters(ddpm)
         mean_error += error * len(x0) / len(loader.dataset)
+    sum_over_processes([mean_error])
     # A gradient that is not finite makes the weights so for good: once an epoch is soon enough.
     if not all(tensor.isfinite().all() for tensor in [mean_error, *parameters]):
         raise FloatingPointError(f"the loss is not finite in epoch {epoch + 1}: give a lower lr")
-    sum_over_processes([mean_error])
     return mean_error.item()
 
 
 # %% Sampling: from noise to images
 @torch.no_grad()
 def reverse_process(ddpm, x, label, guidance, variance, generator):
-    """Algorithm 2 of [1]: yields x_T, the given noise (n, c, h, w), then x after each step.
+    """Algorithm 2 of [1], x_0 clipped: yields x_T, the noise x (n, c, h, w), then x after each step.
 
     `variance` chooses sigma_t squared: 1 is beta_t, 2 is beta-tilde_t, that of the posterior.
     """
@@ -402,16 +397,27 @@ def reverse_process(ddpm, x, label, guidance, variance, generator):
 
 
 @torch.no_grad()
-def fast_sampler(ddpm, x, label, guidance, n_steps):
-    """The same in `n_steps` larger steps, which add no new noise: DDIM [7].
+def fast_sampler(ddpm, x, label, guidance, n_steps, generator):
+    """The same in `n_steps` larger steps, from t to an earlier s: SDE-DPM-Solver++(2M) of [7].
 
-    To get from t to an earlier s, the predicted x_0 gets the predicted noise back, as of step s.
+    A large step must know where the predicted x_0 will be halfway: the last two are continued in
+    a straight line, over the logarithm of the signal-to-noise ratio.
     """
     steps = falling_steps(n_steps, ddpm.n_steps - 1)
+    last_x0 = last_log_snr = None
     yield x
     for t, s in itertools.pairwise(steps):
-        x0, eta_theta = predict(ddpm, x, t, label, guidance)
-        x = ddpm(x0, s, eta_theta)
+        a_t, a_s = ddpm.alpha_bars[t], ddpm.alpha_bars[s]
+        log_snr = a_t.logit()
+        x0, _ = predict(ddpm, x, t, label, guidance)
+        halfway = x0
+        if last_x0 is not None:
+            halfway = x0 + (x0 - last_x0) / 2 * (a_s.logit() - log_snr) / (log_snr - last_log_snr)
+        last_x0, last_log_snr = x0, log_snr
+        beta = 1 - a_t / a_s
+        mean = (a_s.sqrt() * beta * halfway + (1 - beta).sqrt() * (1 - a_s) * x) / (1 - a_t)
+        z = torch.randn(x.shape, generator=generator, device=x.device)
+        x = mean + ((1 - a_s) / (1 - a_t) * beta).sqrt() * z
         yield x
     yield predict(ddpm, x, steps[-1], label, guidance)[0]
 
@@ -419,7 +425,7 @@ def fast_sampler(ddpm, x, label, guidance, n_steps):
 def predict(ddpm, x, t, label, guidance):
     """x_t (n, c, h, w), its step t -> x_0 clipped to [-1, 1], and the noise that x_t then holds."""
     if t > 0.6 * ddpm.n_steps:
-        guidance = 1  # while x is nearly all noise, guidance only makes the images more alike
+        guidance = min(guidance, 1)  # more makes images only more alike while x is mostly noise [8]
     alpha_bar = ddpm.alpha_bars[t]
     eta_theta = ddpm.backward(x, torch.full((len(x),), t, device=x.device), label, guidance)
     x0 = ((x - (1 - alpha_bar).sqrt() * eta_theta) / alpha_bar.sqrt()).clamp(-1, 1)
@@ -467,7 +473,7 @@ def generate_new_images(
         if n_steps == ddpm.n_steps:
             xs = reverse_process(ddpm, x, labels[chunk], flags.guidance, flags.variance, generator)
         else:
-            xs = fast_sampler(ddpm, x, labels[chunk], flags.guidance, n_steps)
+            xs = fast_sampler(ddpm, x, labels[chunk], flags.guidance, n_steps, generator)
         for i, x in enumerate(tqdm(xs, "Sampling", n_steps + 1, disable=NO_BAR)):
             if gif_name and not images and n_steps - i in shown:
                 frames.append(tile(x[:100]))
@@ -483,8 +489,8 @@ def labels_of(label, n, n_classes, device):
     Raises BadInput for a class that doesn't exist, or another number of them than 1 and n.
     """
     labels = torch.as_tensor(-1 if label is None else label, device=device)
-    whole = not labels.is_floating_point() and labels.shape in ((), (n,))
-    if not whole or labels.min() < -1 or labels.max() >= n_classes:
+    wrong = labels.is_floating_point() or labels.shape not in ((), (n,))
+    if wrong or labels.min() < -1 or labels.max() >= n_classes:
         raise BadInput(f"label must be one of {n_classes} classes, or {n} of them, not {label}")
     in_turn = torch.arange(n, device=device) % max(n_classes, 1)
     return torch.where(labels == -1, in_turn, labels)
@@ -526,8 +532,8 @@ def show_first_batch(loader, path=None):
 def show_forward(ddpm, loader, device=None, path=None):
     """Draws ten images of the first batch after 0, 25, 50, 75 and 100 % of the forward process."""
     x0 = next(iter(loader))[0][:10].to(device or ddpm.device)
-    steps = [ddpm.n_steps * percent // 100 - 1 for percent in (25, 50, 75, 100)]
-    rows = [x0] + [ddpm(x0, [t] * len(x0)) for t in steps]
+    steps = [max(ddpm.n_steps * percent // 100 - 1, 0) for percent in (25, 50, 75, 100)]
+    rows = [x0] + [ddpm(x0, t) for t in steps]
     show_images(torch.cat(rows), "After 0, 25, 50, 75 and 100 % of the steps", path)
 
 
@@ -567,12 +573,14 @@ def current_flags(**given):
 
     Raises BadInput with the flag's name and range for the first one out of range.
     """
+    if given.keys() - FLAGS.keys():
+        raise BadInput(f"the flags are {', '.join(FLAGS)}: there is no {set(given) - set(FLAGS)}")
     flags = {}
     for name, (_, kind, *limits) in FLAGS.items():
         value = globals()[name] if given.get(name) is None else given[name]
         low, high = limits or (value, value)
         if not isinstance(value, (kind, int)) or not low <= value <= high:
-            raise BadInput(f"{name} must be {kind.__name__} in {limits}, not {value!r}")
+            raise BadInput(f"{name} must be {kind.__name__} {limits or ''}, not {value!r}")
         flags[name] = value
     return argparse.Namespace(**flags)
 
@@ -594,7 +602,7 @@ def read_flags(argv=None):
     parser.error = refuse
     for name, (text, kind, *_) in FLAGS.items():
         option = parser.add_argument("--" + name.lower().replace("_", "-"), dest=name, type=kind)
-        option.help = f"{text} (default: {globals()[name]})"
+        option.help = f"{text} (default: {globals()[name]})".replace("%", "%%")
         if kind is bool:
             option.type, option.nargs, option.const = true_or_false, "?", True
     return current_flags(**vars(parser.parse_args(argv)))
@@ -703,7 +711,7 @@ def make_model(flags, store_path, device):
         return MyDDPM(network, flags.n_steps, flags.min_beta, flags.max_beta, device)
     ddpm = load_model(store_path, device)
     if flags.resume and not ddpm.info["parts"]:
-        raise BadInput(f"{store_path} has finished its training: leave out --resume")
+        raise BadInput(f"{store_path} has finished its training: draw from it with --no-train")
     names = ["fashion", "n_steps", "min_beta", "max_beta"]
     if flags.resume:
         names += ["SEED", "batch_size", "n_epochs", "n_images", "lr"]
@@ -720,6 +728,7 @@ def run(flags):
         raise BadInput(f"batch_size must be a multiple of the {world_size} processes")
     path = Path(flags.out_dir, "fashion" if flags.fashion else "mnist")
     store_path = path.with_suffix(".pt")
+    torch.backends.cudnn.deterministic = True
     torch.manual_seed(flags.SEED)
     ddpm = make_model(flags, store_path, device)
     dataset = load_data(flags.fashion, device=device) if rank == 0 else None
@@ -736,11 +745,13 @@ def run(flags):
         torch.manual_seed(flags.SEED)
         show_first_batch(loader, f"{path}_first_batch.png")
         show_forward(ddpm, loader, device, f"{path}_forward.png")
-    if not flags.no_train:
+    if flags.no_train:
+        losses = ddpm.info["losses"]
+    else:
         optims, how = make_optimizers(ddpm.network, flags.lr), (device, flags.display, store_path)
-        training_loop(ddpm, loader, flags.n_epochs, optims, *how, vars(flags))
+        losses = training_loop(ddpm, loader, flags.n_epochs, optims, *how, vars(flags))
     if rank == 0:
-        show_losses(load_model(store_path).info["losses"], f"{path}_loss.png")
+        show_losses(losses, f"{path}_loss.png")
         images = generate_new_images(ddpm, device=device, gif_name=f"{path}.gif", **vars(flags))
         show_images(images[:10], "Generated images", f"{path}_10.png")
         show_images(images[:100], "Generated images", f"{path}_100.png")
@@ -759,7 +770,10 @@ def main(argv=None):
         plt.show()
         return
     except KeyboardInterrupt:
-        message, status = "stopped; --resume goes on after the last finished epoch", 130
+        message, status = (
+            "stopped: --resume goes on with a training, from its last epoch's end",
+            130,
+        )
     except BadInput as error:
         message, status = error, 2
     except (FloatingPointError, OSError) as error:

@@ -103,7 +103,7 @@ def test_the_file_names_its_requirements():
     """The head of the file, for tools that read it there, says what requirements.txt says."""
     head = (ROOT / "ddpm.py").read_text().split("# ///")[1]
     required = (ROOT / "requirements.txt").read_text().split()
-    assert re.findall(r'"(.+)"', head.split("dependencies")[1]) == required
+    assert re.findall(r'"(.+?)"', head.split("dependencies")[1]) == required
 
 
 # %% Flags

@@ -35,6 +35,16 @@ class Recorder(nn.Module):
         return torch.zeros_like(x)
 
 
+class Labelled(nn.Module):
+    """Predicts noise of the size of the label; 0 without one."""
+
+    n_classes = 10
+
+    def forward(self, x, t, label=None):
+        size = torch.zeros(len(x)) if label is None else label.remainder(10).float()
+        return size.view(-1, 1, 1, 1).expand_as(x) / 10
+
+
 @pytest.fixture(scope="module")
 def shipped():
     """The weights of MNIST in outputs/."""
@@ -121,6 +131,20 @@ def test_labels_reach_the_network(label, expected):
     how = {"gif_name": None, "sample_steps": 2, "guidance": 1}
     ddpm.generate_new_images(ddpm.MyDDPM(network), 12, label=label, **how)
     assert [found.tolist() for found in network.labels] == [expected] * 2
+
+
+def test_guidance_0_never_looks_at_the_label():
+    def images_of(label):
+        model = ddpm.MyDDPM(Labelled())
+        how = {"gif_name": None, "sample_steps": 5, "guidance": 0}
+        return ddpm.generate_new_images(model, 2, label=label, **how)
+
+    assert torch.equal(images_of(3), images_of(7))
+
+
+def test_a_misspelt_flag_is_refused(images):
+    with pytest.raises(ddpm.BadInput, match="guidence"):
+        ddpm.generate_new_images(ddpm.MyDDPM(KnowsImages(images)), 1, guidence=2)
 
 
 @pytest.mark.parametrize("label", [10, -2, 7.5, [1, 2], torch.zeros(4), [0, 1, 2, 10]])
