@@ -304,7 +304,10 @@ def make_optimizers(network, lr):
     """-> [Muon [6] for the matrices, Adam for the vectors]."""
     matrices = [p for p in network.parameters() if p.ndim == 2]
     vectors = [p for p in network.parameters() if p.ndim != 2]
-    return [torch.optim.Muon(matrices, lr, weight_decay=0), torch.optim.Adam(vectors, lr / 10)]
+    return [
+        torch.optim.Muon(matrices, lr, weight_decay=0, ns_steps=3),
+        torch.optim.Adam(vectors, lr / 10),
+    ]
 
 
 def running_average(averaged, current, n):
@@ -573,15 +576,13 @@ def current_flags(**given):
 
     Raises BadInput with the flag's name and range for the first one out of range.
     """
-    if given.keys() - FLAGS.keys():
-        raise BadInput(f"the flags are {', '.join(FLAGS)}: there is no {set(given) - set(FLAGS)}")
-    flags = {}
-    for name, (_, kind, *limits) in FLAGS.items():
-        value = globals()[name] if given.get(name) is None else given[name]
+    flags = {name: globals()[name] for name in FLAGS}
+    flags |= {name: value for name, value in given.items() if value is not None}
+    for name, value in flags.items():
+        _, kind, *limits = FLAGS[name]
         low, high = limits or (value, value)
         if not isinstance(value, (kind, int)) or not low <= value <= high:
             raise BadInput(f"{name} must be {kind.__name__} {limits or ''}, not {value!r}")
-        flags[name] = value
     return argparse.Namespace(**flags)
 
 

@@ -143,7 +143,7 @@ def test_guidance_0_never_looks_at_the_label():
 
 
 def test_a_misspelt_flag_is_refused(images):
-    with pytest.raises(ddpm.BadInput, match="guidence"):
+    with pytest.raises(KeyError, match="guidence"):
         ddpm.generate_new_images(ddpm.MyDDPM(KnowsImages(images)), 1, guidence=2)
 
 
