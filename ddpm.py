@@ -55,14 +55,14 @@ fashion = False
 resume = False
 display = True
 label = -1
-guidance = 1.25
+guidance = 1.5
 n_samples = 100
 sample_steps = 0
 variance = 2
 batch_size = 128
-n_epochs = 10
+n_epochs = 9
 n_images = 60_000
-lr = 0.02
+lr = 0.015
 n_steps = 1000
 min_beta = 1e-4
 max_beta = 0.02
@@ -213,16 +213,15 @@ class Conv(nn.Linear):
 class Block(nn.Module):
     """Residual block: two convolutions; between them step and label shift each channel."""
 
-    def __init__(self, channels, time_emb_dim):
+    def __init__(self, channels):
         super().__init__()
         self.norm = nn.LayerNorm(channels)
         self.conv1 = Conv(channels, channels)
-        self.embed = nn.Linear(time_emb_dim, channels)
         self.conv2 = Conv(channels, channels)
         nn.init.zeros_(self.conv2.weight)  # every block starts as the identity
 
-    def forward(self, x, e):
-        h = self.conv1(self.norm(x)) + self.embed(e)[:, None, None]
+    def forward(self, x, shift):
+        h = self.conv1(self.norm(x)) + shift
         return x + self.conv2(F.silu(h))
 
 
@@ -244,14 +243,16 @@ class MyUNet(nn.Module):
         self.register_buffer("embedding", sinusoidal_embedding(n_steps, e), persistent=False)
         self.time = nn.Sequential(nn.Linear(e, e), nn.SiLU(), nn.Linear(e, e))
         self.label = nn.Embedding(n_classes + 1, e)  # the last row stands for no label
+        self.widths = [half] * 2 + [quarter] * 8 + [half] * 2
+        self.shifts = nn.Linear(e, sum(self.widths))  # of all blocks at once
         fold = Rearrange("n (h i) (w j) c -> n h w (i j c)", i=2, j=2)
         unfold = Rearrange("n h w (i j c) -> n (h i) (w j) c", i=2, j=2)
         self.enter = nn.Sequential(fold, Conv(4 * image_channels, half))
-        self.half_down = nn.ModuleList(Block(half, e) for _ in range(2))
+        self.half_down = nn.ModuleList(Block(half) for _ in range(2))
         self.down = nn.Sequential(fold, nn.Linear(4 * half, quarter))
-        self.middle = nn.ModuleList(Block(quarter, e) for _ in range(8))
+        self.middle = nn.ModuleList(Block(quarter) for _ in range(8))
         self.up = nn.Sequential(nn.Linear(quarter, 4 * half), unfold)
-        self.half_up = nn.ModuleList(Block(half, e) for _ in range(2))
+        self.half_up = nn.ModuleList(Block(half) for _ in range(2))
         last = Conv(half, 4 * image_channels)
         nn.init.zeros_(last.weight)
         self.leave = nn.Sequential(nn.LayerNorm(half), nn.SiLU(), last, unfold)
@@ -261,15 +262,16 @@ class MyUNet(nn.Module):
         if label is None:
             label = torch.full_like(t, self.n_classes)
         e = F.silu(self.time(self.embedding[t.flatten()]) + self.label(label.flatten()))
+        shifts = iter(self.shifts(e)[:, None, None].split(self.widths, dim=-1))
         half = self.enter(x.permute(0, 2, 3, 1))
         for block in self.half_down:
-            half = block(half, e)
+            half = block(half, next(shifts))
         quarter = self.down(half)
         for block in self.middle:
-            quarter = block(quarter, e)
+            quarter = block(quarter, next(shifts))
         half = half + self.up(quarter)
         for block in self.half_up:
-            half = block(half, e)
+            half = block(half, next(shifts))
         return self.leave(half).permute(0, 3, 1, 2)
 
 
