@@ -327,7 +327,7 @@ def training_loop(
     `display`; at the end `ddpm` holds these weights. With flags["resume"] it goes on where the
     loaded `ddpm` had stopped. Raises FloatingPointError if the loss is not finite.
     """
-    flags = flags or vars(current_flags())
+    flags = vars(current_flags(**flags or {}))
     ddpm.to(device or ddpm.device).train()
     averaged = AveragedModel(ddpm, avg_fn=running_average)
     optims = optim if isinstance(optim, list) else [optim]
@@ -342,7 +342,7 @@ def training_loop(
         losses.append(train_epoch(ddpm, averaged, loader, optims, epoch, n_epochs))
         if rank_and_size()[0] == 0:
             parts = parts if epoch + 1 < n_epochs else []
-            store(store_path, averaged.module, flags | {"resume": False}, losses, parts)
+            store(store_path, averaged.module, flags, losses, parts)
             if display:
                 ten = {"n_samples": 10, "sample_steps": 20, "label": -1}
                 images = generate_new_images(averaged.module, gif_name=None, **flags | ten)
@@ -429,7 +429,7 @@ def fast_sampler(ddpm, x, label, guidance, n_steps, generator):
 
 def predict(ddpm, x, t, label, guidance):
     """x_t (n, c, h, w), its step t -> x_0 clipped to [-1, 1], and the noise that x_t then holds."""
-    if t > 0.6 * ddpm.n_steps:
+    if t > 0.5 * ddpm.n_steps:
         guidance = min(guidance, 1)  # more makes images only more alike while x is mostly noise [8]
     alpha_bar = ddpm.alpha_bars[t]
     eta_theta = ddpm.backward(x, torch.full((len(x),), t, device=x.device), label, guidance)
@@ -567,6 +567,9 @@ def figure_for(path, height):
 # %% Running it: errors, flags, files, devices, processes, main
 # Progress bars are for terminals (None: only there) and notebooks.
 NO_BAR = False if "ipykernel" in sys.modules else None
+# What defines a training; drawing from its weights depends on the first four.
+FIXED = ["fashion", "n_steps", "min_beta", "max_beta", "SEED", "batch_size", "n_epochs"]
+FIXED += ["n_images", "lr"]
 
 
 class BadInput(ValueError):
@@ -635,7 +638,7 @@ def store(path, ddpm, flags, losses, parts):
         "weights": ddpm.state_dict(),
         "network": getattr(ddpm.network, "settings", None),
         "model": [ddpm.n_steps, betas[0], betas[-1], None, ddpm.image_chw],
-        "flags": flags,
+        "flags": {name: flags[name] for name in FIXED},
         "losses": losses,
         "parts": [part.state_dict() for part in parts],
     }
@@ -715,9 +718,7 @@ def make_model(flags, store_path, device):
     ddpm = load_model(store_path, device)
     if flags.resume and not ddpm.info["parts"]:
         raise BadInput(f"{store_path} has finished its training: draw from it with --no-train")
-    names = ["fashion", "n_steps", "min_beta", "max_beta"]
-    if flags.resume:
-        names += ["SEED", "batch_size", "n_epochs", "n_images", "lr"]
+    names = FIXED if flags.resume else FIXED[:4]
     trained = {name: ddpm.info["flags"][name] for name in names}
     if not trained.items() <= vars(flags).items():
         raise BadInput(f"{store_path} was trained with {trained}: give the same, or train anew")

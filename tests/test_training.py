@@ -95,7 +95,7 @@ def test_it_learns_and_stores_the_average(train):
 
 
 def test_training_is_reproducible(train):
-    one, two, other = train(), train(), train(flags={"SEED": 1, "resume": False})
+    one, two, other = train(), train(), train(flags={"SEED": 1})
     assert one[1] == two[1] != other[1]
     assert all(map(torch.equal, one[0].parameters(), two[0].parameters()))
 
