@@ -470,7 +470,7 @@ def generate_new_images(
     labels = labels_of(label, n_samples, ddpm.n_classes, device)
     chw = [given or own for given, own in zip((c, h, w), ddpm.image_chw, strict=True)]
     n_steps = min(flags.sample_steps or ddpm.n_steps, ddpm.n_steps)
-    shown = falling_steps(min(frames_per_gif, n_steps + 1), n_steps)
+    shown = falling_steps(max(2, min(frames_per_gif, n_steps + 1)), n_steps)
     generator = torch.Generator(device).manual_seed(flags.SEED)
     frames, images = [], []
     for chunk in torch.arange(n_samples, device=device).split(CHUNK):
