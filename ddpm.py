@@ -306,10 +306,8 @@ def make_optimizers(network, lr):
     """-> [Muon [6] for the matrices, Adam for the vectors]."""
     matrices = [p for p in network.parameters() if p.ndim == 2]
     vectors = [p for p in network.parameters() if p.ndim != 2]
-    return [
-        torch.optim.Muon(matrices, lr, weight_decay=0, ns_steps=3),
-        torch.optim.Adam(vectors, lr / 10),
-    ]
+    muon = torch.optim.Muon(matrices, lr, weight_decay=0, ns_steps=3)
+    return [muon, torch.optim.Adam(vectors, lr / 10)]
 
 
 def running_average(averaged, current, n):
@@ -567,9 +565,9 @@ def figure_for(path, height):
 # %% Running it: errors, flags, files, devices, processes, main
 # Progress bars are for terminals (None: only there) and notebooks.
 NO_BAR = False if "ipykernel" in sys.modules else None
-# What defines a training; drawing from its weights depends on the first four.
-FIXED = ["fashion", "n_steps", "min_beta", "max_beta", "SEED", "batch_size", "n_epochs"]
-FIXED += ["n_images", "lr"]
+# What drawing from weights must have in common with their training, and what resuming it must.
+SCHEDULE = ["fashion", "n_steps", "min_beta", "max_beta"]
+TRAINING = [*SCHEDULE, "SEED", "batch_size", "n_epochs", "n_images", "lr"]
 
 
 class BadInput(ValueError):
@@ -638,7 +636,7 @@ def store(path, ddpm, flags, losses, parts):
         "weights": ddpm.state_dict(),
         "network": getattr(ddpm.network, "settings", None),
         "model": [ddpm.n_steps, betas[0], betas[-1], None, ddpm.image_chw],
-        "flags": {name: flags[name] for name in FIXED},
+        "flags": {name: flags[name] for name in TRAINING},
         "losses": losses,
         "parts": [part.state_dict() for part in parts],
     }
@@ -718,7 +716,7 @@ def make_model(flags, store_path, device):
     ddpm = load_model(store_path, device)
     if flags.resume and not ddpm.info["parts"]:
         raise BadInput(f"{store_path} has finished its training: draw from it with --no-train")
-    names = FIXED if flags.resume else FIXED[:4]
+    names = TRAINING if flags.resume else SCHEDULE
     trained = {name: ddpm.info["flags"][name] for name in names}
     if not trained.items() <= vars(flags).items():
         raise BadInput(f"{store_path} was trained with {trained}: give the same, or train anew")
