@@ -772,10 +772,7 @@ def main(argv=None):
         plt.show()
         return
     except KeyboardInterrupt:
-        message, status = (
-            "stopped: --resume goes on with a training, from its last epoch's end",
-            130,
-        )
+        message, status = "stopped: --resume goes on after the last finished epoch", 130
     except BadInput as error:
         message, status = error, 2
     except (FloatingPointError, OSError) as error:
