@@ -55,14 +55,14 @@ fashion = False
 resume = False
 display = True
 label = -1
-guidance = 1.5
+guidance = 2.0
 n_samples = 100
 sample_steps = 0
 variance = 2
 batch_size = 128
 n_epochs = 9
 n_images = 60_000
-lr = 0.015
+lr = 0.01
 n_steps = 1000
 min_beta = 1e-4
 max_beta = 0.02
@@ -75,7 +75,7 @@ FLAGS = {  # name: (what it is, type, smallest and largest value)
     "resume": ("go on after the last finished epoch of a training that was stopped", bool),
     "display": ("draw ten images after each epoch, to watch it learn", bool),
     "label": ("draw only this class; -1: every class in turn", int, -1, 9),
-    "guidance": ("how much the label counts; 1: as in training, 0: not at all", float, 0, 10),
+    "guidance": ("weight of the label in the end; 1: as in training, 0: none", float, 0, 10),
     "n_samples": ("images to draw", int, 1, 1_000_000),
     "sample_steps": ("steps of the fast sampler; 0: the whole chain of n_steps", int, 0, 100_000),
     "variance": ("of the noise in the whole chain; 1: beta_t, 2: beta-tilde_t", int, 1, 2),
@@ -215,13 +215,12 @@ class Block(nn.Module):
 
     def __init__(self, channels):
         super().__init__()
-        self.norm = nn.LayerNorm(channels)
         self.conv1 = Conv(channels, channels)
         self.conv2 = Conv(channels, channels)
         nn.init.zeros_(self.conv2.weight)  # every block starts as the identity
 
     def forward(self, x, shift):
-        h = self.conv1(self.norm(x)) + shift
+        h = self.conv1(F.layer_norm(x, x.shape[-1:])) + shift
         return x + self.conv2(F.silu(h))
 
 
@@ -239,20 +238,20 @@ class MyUNet(nn.Module):
         super().__init__()
         self.settings = [n_steps, time_emb_dim, n_classes, image_channels]
         self.n_classes = n_classes
-        half, quarter, e = 32, 64, time_emb_dim
+        half, quarter, depth, e = 32, 64, 4, time_emb_dim
         self.register_buffer("embedding", sinusoidal_embedding(n_steps, e), persistent=False)
         self.time = nn.Sequential(nn.Linear(e, e), nn.SiLU(), nn.Linear(e, e))
         self.label = nn.Embedding(n_classes + 1, e)  # the last row stands for no label
-        self.widths = [half] * 2 + [quarter] * 8 + [half] * 2
+        self.widths = [half] * depth + [quarter] * depth + [half] * depth
         self.shifts = nn.Linear(e, sum(self.widths))  # of all blocks at once
         fold = Rearrange("n (h i) (w j) c -> n h w (i j c)", i=2, j=2)
         unfold = Rearrange("n h w (i j c) -> n (h i) (w j) c", i=2, j=2)
         self.enter = nn.Sequential(fold, Conv(4 * image_channels, half))
-        self.half_down = nn.ModuleList(Block(half) for _ in range(2))
+        self.half_down = nn.ModuleList(Block(half) for _ in range(depth))
         self.down = nn.Sequential(fold, nn.Linear(4 * half, quarter))
-        self.middle = nn.ModuleList(Block(quarter) for _ in range(8))
+        self.middle = nn.ModuleList(Block(quarter) for _ in range(depth))
         self.up = nn.Sequential(nn.Linear(quarter, 4 * half), unfold)
-        self.half_up = nn.ModuleList(Block(half) for _ in range(2))
+        self.half_up = nn.ModuleList(Block(half) for _ in range(depth))
         last = Conv(half, 4 * image_channels)
         nn.init.zeros_(last.weight)
         self.leave = nn.Sequential(nn.LayerNorm(half), nn.SiLU(), last, unfold)
@@ -427,8 +426,9 @@ def fast_sampler(ddpm, x, label, guidance, n_steps, generator):
 
 def predict(ddpm, x, t, label, guidance):
     """x_t (n, c, h, w), its step t -> x_0 clipped to [-1, 1], and the noise that x_t then holds."""
-    if t > 0.5 * ddpm.n_steps:
-        guidance = min(guidance, 1)  # more makes images only more alike while x is mostly noise [8]
+    if guidance > 1:
+        # In full only at the end: while x is mostly noise, it would make images more alike [8].
+        guidance = 1 + (guidance - 1) * max(0, 1 - t / (0.6 * ddpm.n_steps))
     alpha_bar = ddpm.alpha_bars[t]
     eta_theta = ddpm.backward(x, torch.full((len(x),), t, device=x.device), label, guidance)
     x0 = ((x - (1 - alpha_bar).sqrt() * eta_theta) / alpha_bar.sqrt()).clamp(-1, 1)
