@@ -69,14 +69,14 @@ max_beta = 0.02
 out_dir = str(HERE / "outputs")
 
 FLAGS = {  # name: (what it is, type, smallest and largest value)
-    "SEED": ("the same seed, flags and machine give the same bytes", int, 0, 4_294_967_295),
+    "SEED": ("of all randomness; same seed, flags and machine: same bytes", int, 0, 4_294_967_295),
     "no_train": ("draw from the weights in out_dir, without training", bool),
     "fashion": ("Fashion-MNIST (clothes) instead of MNIST (digits)", bool),
     "resume": ("go on after the last finished epoch of a training that was stopped", bool),
     "display": ("draw ten images after each epoch, to watch it learn", bool),
     "label": ("draw only this class; -1: every class in turn", int, -1, 9),
-    "guidance": ("weight of the label in the end; 1: as in training, 0: none", float, 0, 10),
-    "n_samples": ("images to draw", int, 1, 1_000_000),
+    "guidance": ("strength of the label in the end; 1: as trained, 0: none", float, 0, 10),
+    "n_samples": ("images to draw; the pictures show the first 100", int, 1, 1_000_000),
     "sample_steps": ("steps of the fast sampler; 0: the whole chain of n_steps", int, 0, 100_000),
     "variance": ("of the noise in the whole chain; 1: beta_t, 2: beta-tilde_t", int, 1, 2),
     "batch_size": ("images in each training step", int, 1, 60_000),
@@ -168,7 +168,7 @@ class MyDDPM(nn.Module):
         [2] it is without_label + guidance * (with_label - without_label).
         """
         t = t.flatten()
-        label = label if self.n_classes else None
+        label = label if self.n_classes and guidance else None
         if label is not None and guidance != 1:
             labels = torch.cat([torch.full_like(label, self.n_classes), label])
             both = self.backward(x.repeat(2, 1, 1, 1), t.repeat(2), labels)
@@ -217,7 +217,7 @@ class Block(nn.Module):
         super().__init__()
         self.conv1 = Conv(channels, channels)
         self.conv2 = Conv(channels, channels)
-        nn.init.zeros_(self.conv2.weight)  # every block starts as the identity
+        nn.init.zeros_(self.conv2.weight)  # at first a block only adds a bias
 
     def forward(self, x, shift):
         h = self.conv1(F.layer_norm(x, x.shape[-1:])) + shift
@@ -276,7 +276,7 @@ class MyUNet(nn.Module):
 
 # %% Training: predict the noise
 def denoising_loss(ddpm, x0, label=None):
-    """Algorithm 1 of [1] up to its gradient, for a batch. -> loss to minimize, mean squared error.
+    """Algorithm 1 of [1] up to its gradient. -> weighted loss to minimize, plain loss to report.
 
     x0 is (n, c, h, w) in [-1, 1], label (n,) or None. All processes draw the same steps and noise
     and take their shares of the batch: their losses, and so their gradients, add up.
@@ -302,7 +302,7 @@ def denoising_loss(ddpm, x0, label=None):
 
 
 def make_optimizers(network, lr):
-    """-> [Muon [6] for the matrices, Adam for the vectors]."""
+    """-> [Muon [6] for the matrices, the label embedding among them, Adam for the vectors]."""
     matrices = [p for p in network.parameters() if p.ndim == 2]
     vectors = [p for p in network.parameters() if p.ndim != 2]
     muon = torch.optim.Muon(matrices, lr, weight_decay=0, ns_steps=3)
@@ -362,7 +362,7 @@ def train_epoch(ddpm, averaged, loader, optims, epoch, n_epochs):
         ddpm.zero_grad()
         loss.backward()
         sum_over_processes(p.grad for p in parameters if p.grad is not None)
-        # Up to the full learning rate in a twentieth of the training, then straight down to 0.
+        # Nearly up to the full rate in a twentieth of the training, then straight down to 0.
         progress = (step + 0.5) / len(loader) / n_epochs
         factor = min(20 * progress, 1 - progress)
         for optim in optims:
@@ -402,8 +402,8 @@ def reverse_process(ddpm, x, label, guidance, variance, generator):
 def fast_sampler(ddpm, x, label, guidance, n_steps, generator):
     """The same in `n_steps` larger steps, from t to an earlier s: SDE-DPM-Solver++(2M) of [7].
 
-    A large step must know where the predicted x_0 will be halfway: the last two are continued in
-    a straight line, over the logarithm of the signal-to-noise ratio.
+    A large step must know what the prediction of x_0 will be halfway: the last two predictions are
+    continued in a straight line, over the logarithm of the signal-to-noise ratio.
     """
     steps = falling_steps(n_steps, ddpm.n_steps - 1)
     last_x0 = last_log_snr = None
@@ -750,8 +750,9 @@ def run(flags):
     if flags.no_train:
         losses = ddpm.info["losses"]
     else:
-        optims, how = make_optimizers(ddpm.network, flags.lr), (device, flags.display, store_path)
-        losses = training_loop(ddpm, loader, flags.n_epochs, optims, *how, vars(flags))
+        optims = make_optimizers(ddpm.network, flags.lr)
+        args = (ddpm, loader, flags.n_epochs, optims, device, flags.display, store_path)
+        losses = training_loop(*args, flags=vars(flags))
     if rank == 0:
         show_losses(losses, f"{path}_loss.png")
         images = generate_new_images(ddpm, device=device, gif_name=f"{path}.gif", **vars(flags))
@@ -772,7 +773,7 @@ def main(argv=None):
         plt.show()
         return
     except KeyboardInterrupt:
-        message, status = "stopped: --resume goes on after the last finished epoch", 130
+        message, status = "stopped; a training that was under way goes on with --resume", 130
     except BadInput as error:
         message, status = error, 2
     except (FloatingPointError, OSError) as error:
