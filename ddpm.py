@@ -302,7 +302,7 @@ def denoising_loss(ddpm, x0, label=None):
 
 
 def make_optimizers(network, lr):
-    """-> [Muon [6] for the matrices, the label embedding among them, Adam for the vectors]."""
+    """-> [Muon [6] for matrices (the label embedding is one too), Adam for vectors]."""
     matrices = [p for p in network.parameters() if p.ndim == 2]
     vectors = [p for p in network.parameters() if p.ndim != 2]
     muon = torch.optim.Muon(matrices, lr, weight_decay=0, ns_steps=3)
@@ -751,8 +751,9 @@ def run(flags):
         losses = ddpm.info["losses"]
     else:
         optims = make_optimizers(ddpm.network, flags.lr)
-        args = (ddpm, loader, flags.n_epochs, optims, device, flags.display, store_path)
-        losses = training_loop(*args, flags=vars(flags))
+        losses = training_loop(
+            ddpm, loader, flags.n_epochs, optims, device, flags.display, store_path, vars(flags)
+        )
     if rank == 0:
         show_losses(losses, f"{path}_loss.png")
         images = generate_new_images(ddpm, device=device, gif_name=f"{path}.gif", **vars(flags))
