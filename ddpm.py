@@ -288,7 +288,8 @@ def denoising_loss(ddpm, x0, label=None):
     """
     n, (rank, world_size) = len(x0), rank_and_size()
     # One t from each of n parts of the range is less noisy than n free draws. Early steps are
-    # drawn up to 20 times as often as late ones, and their errors divided by that.
+    # drawn up to 20 times as often as late ones, and their errors divided by that: the density
+    # falls in a straight line, and u is the share of it that lies before `fraction`.
     u = (torch.arange(n, device=x0.device) + torch.rand(n, device=x0.device)) / n
     fraction = (1 - (1 - 0.9975 * u).sqrt()) / 0.95
     density = (1 - 0.95 * fraction) / 0.525
