@@ -10,8 +10,7 @@
     python ddpm.py --no-train   draw from the weights in outputs/, without training
     python ddpm.py --help       all flags
 
-To be read from top to bottom: flags, data, diffusion, network, training, sampling, pictures, and
-last the plumbing that a program needs around them.
+Read it once, from top to bottom: a function calls only what stands above it.
 
 [1] Ho, Jain, Abbeel: Denoising Diffusion Probabilistic Models, 2020, arXiv 2006.11239
 [2] Ho, Salimans: Classifier-Free Diffusion Guidance, 2022, arXiv 2207.12598
@@ -19,102 +18,86 @@ last the plumbing that a program needs around them.
 [4] Ronneberger, Fischer, Brox: U-Net, 2015, arXiv 1505.04597
 [5] Vaswani et al.: Attention Is All You Need, 2017, arXiv 1706.03762 (the time embedding)
 [6] Jordan et al.: Muon, 2024, kellerjordan.github.io/posts/muon
-[7] Lu et al.: DPM-Solver++, 2022, arXiv 2211.01095 (the fast sampler)
+[7] Lu et al.: DPM-Solver++, 2022, arXiv 2211.01095 (fewer steps)
 [8] Kynkaanniemi et al.: Guidance in a Limited Interval, 2024, arXiv 2404.07724
 """
 
 # %% Imports
 import argparse
-import io
+import ctypes
+import gzip
+import inspect
 import itertools
+import math
 import os
+import re
 import sys
+import warnings
 import zipfile
-from contextlib import contextmanager
+from contextlib import suppress
 from pathlib import Path
+from typing import Annotated, get_args
+
+if __name__ == "__main__" and "ipykernel" not in sys.modules:
+    os.environ.pop("MPLBACKEND", None)  # of the notebook that started us: unknown here
 
 import imageio.v3 as imageio
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from einops.layers.torch import Rearrange
-from torch import distributed, nn
+from einops import rearrange
+from torch import nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 from torchvision.datasets import MNIST, FashionMNIST
-from torchvision.utils import make_grid
+from torchvision.datasets.utils import check_integrity
 from tqdm.auto import tqdm
 
-HERE = Path(__file__).resolve().parent if "__file__" in globals() else Path.cwd()
+FILE = Path(globals().get("__file__", "notebook")).resolve()
 
 # %% Flags: change one here, in a notebook, or on the command line: n_epochs = 5 is --n-epochs 5
-SEED = 0
-no_train = False
-fashion = False
-resume = False
-display = True
-label = -1
-guidance = 2.0
-n_samples = 100
-sample_steps = 0
-variance = 2
-batch_size = 128
-n_epochs = 14
-n_images = 60_000
-lr = 0.01
-n_steps = 1000
-min_beta = 1e-4
-max_beta = 0.02
-out_dir = str(HERE / "outputs")
-
-FLAGS = {  # name: (what it is, type, smallest and largest value)
-    "SEED": ("of all randomness; same seed, flags and machine: same bytes", int, 0, 4_294_967_295),
-    "no_train": ("draw from the weights in out_dir, without training", bool),
-    "fashion": ("Fashion-MNIST (clothes) instead of MNIST (digits)", bool),
-    "resume": ("go on after the last finished epoch of a training that was stopped", bool),
-    "display": ("draw ten images after each epoch, to watch it learn", bool),
-    "label": ("draw only this class; -1: every class in turn", int, -1, 9),
-    "guidance": ("strength of the label in the end; 1: as trained, 0: none", float, 0, 10),
-    "n_samples": ("images to draw; the pictures show the first 100", int, 1, 1_000_000),
-    "sample_steps": ("steps of the fast sampler; 0: the whole chain of n_steps", int, 0, 100_000),
-    "variance": ("of the noise in the whole chain; 1: beta_t, 2: beta-tilde_t", int, 1, 2),
-    "batch_size": ("images in each training step", int, 1, 60_000),
-    "n_epochs": ("passes over the training images", int, 1, 100_000),
-    "n_images": ("training images; fewer for a quick look", int, 1, 60_000),
-    "lr": ("peak learning rate of Muon; Adam has a tenth of it", float, 1e-9, 1e30),
-    "n_steps": ("length T of the diffusion", int, 2, 100_000),
-    "min_beta": ("variance of the noise added in the first step", float, 0, 1),
-    "max_beta": ("variance of the noise added in the last step", float, 0, 1),
-    "out_dir": ("folder of the weights and pictures", str),
-}
+SEED: Annotated[int, "same seed, flags and machine: same bytes"] = 0
+no_train: Annotated[bool, "draw from the weights in out_dir, without training"] = False
+fashion: Annotated[bool, "Fashion-MNIST (clothes) instead of MNIST (digits)"] = False
+resume: Annotated[bool, "go on after the last finished epoch of a stopped training"] = False
+display: Annotated[bool, "draw ten images after each epoch, to watch it learn"] = True
+label: Annotated[int | None, "draw only this class; None: every class in turn"] = None
+guidance: Annotated[float, "how much the label counts in the end; 1: as trained, 0: not"] = 2.0
+n_samples: Annotated[int, "images to draw; the pictures show the first 100"] = 100
+sample_steps: Annotated[int | None, "fewer steps to draw in; None: all n_steps"] = None
+variance: Annotated[int, "of the noise in a step back; 1: beta_t, 2: beta-tilde_t"] = 2
+batch_size: Annotated[int, "images in each training step"] = 64
+n_epochs: Annotated[int, "passes over the training images"] = 5
+n_images: Annotated[int, "training images; fewer for a quick look"] = 60_000
+lr: Annotated[float, "peak learning rate"] = 0.01
+n_steps: Annotated[int, "length T of the diffusion"] = 1000
+min_beta: Annotated[float, "variance of the noise added in the first step"] = 1e-4
+max_beta: Annotated[float, "variance of the noise added in the last step"] = 0.02
+mixed_precision: Annotated[bool, "multiply in bf16 where the hardware does; else in fp32"] = True
+device: Annotated[str | None, "cpu, cuda, cuda:1, mps; None: CUDA if available"] = None
+data_dir: Annotated[str, "folder of the archives of images"] = str(FILE.parent / "datasets")
+out_dir: Annotated[str, "folder of the weights and pictures"] = str(FILE.parent / "outputs")
 
 
-# %% Data: all images are one tensor, and a batch is one indexing operation
-def load_data(fashion=False, train=True, data_dir=HERE / "datasets", device=None):
-    """-> TensorDataset of images (n, 1, 28, 28) in [-1, 1] and labels (n,) from 0 to 9.
-
-    n is 60,000, or 10,000 with train=False. torchvision checks and unpacks the archives in
-    `data_dir`, and downloads those that are missing. Raises BadInput if that fails.
-    """
-    source = FashionMNIST if fashion else MNIST
-    try:
-        data = source(data_dir, train=train, download=True)
-    except (OSError, RuntimeError, ValueError, EOFError) as error:
-        names = " ".join(name for name, _ in source.resources)
-        folder = Path(data_dir, source.__name__, "raw")
-        raise BadInput(f"{error}: {folder} must hold {names} as published, no others") from None
-    images = data.data.to(device).unsqueeze(1).float() / 127.5 - 1
-    return TensorDataset(images, data.targets.to(device))
+class BadInput(ValueError):
+    """An error that the user can put right: the text says what is wrong and what to do."""
 
 
-def batches(dataset, batch_size):
-    """-> DataLoader of [x0, label] in a new random order each time; the last may be smaller."""
-    sampler = BatchSampler(RandomSampler(dataset), batch_size, drop_last=False)
-    return DataLoader(dataset, sampler=sampler, batch_size=None)
+def require(condition, text):
+    """Raises BadInput with this text unless the condition holds."""
+    if not condition:
+        raise BadInput(text)
 
 
 # %% Diffusion: an image drowns in noise, and a network says what the noise is
+def multiplies_bf16(device):
+    """-> whether the hardware multiplies in bf16, which then is faster than fp32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16", False)
+
+
 class MyDDPM(nn.Module):
     """The forward process with its linear schedule, and the network that undoes it [1].
 
@@ -134,17 +117,26 @@ class MyDDPM(nn.Module):
         image_chw=(1, 28, 28),
     ):
         super().__init__()
+        known = getattr(network, "n_steps", n_steps)
+        require(1 < n_steps <= known, f"n_steps must be 2 or more, and {known} in the network")
         betas = torch.linspace(min_beta, max_beta, n_steps, dtype=torch.float64)
         alphas = 1 - betas
         alpha_bars = alphas.cumprod(0)
-        if not (n_steps > 1 and 1e-7 < min_beta < max_beta < 1 and alpha_bars[-1] > 1e-37):
-            raise BadInput("a schedule needs 1e-7 < min_beta < max_beta < 1, and not all noise")
-        for name, values in [("betas", betas), ("alphas", alphas), ("alpha_bars", alpha_bars)]:
-            self.register_buffer(name, values.float())
+        possible = 1e-7 < min_beta < max_beta < 1 and alpha_bars[-1] > 1e-37
+        require(possible, "a schedule needs 1e-7 < min_beta < max_beta < 1, and not all noise")
+        if alpha_bars[-1] > 0.01:
+            text = f"{alpha_bars[-1].sqrt():.0%} of the image is left after {n_steps} steps"
+            warnings.warn(f"{text}, but drawing starts from none: raise max_beta", stacklevel=2)
+        self.register_buffer("betas", betas.float())
+        self.register_buffer("alphas", alphas.float())
+        self.register_buffer("alpha_bars", alpha_bars.float())
         self.network = network
         self.n_steps = n_steps
         self.n_classes = getattr(network, "n_classes", 0)
-        self.image_chw = tuple(image_chw)
+        self.predicts_v = getattr(network, "predicts_v", False)
+        self.image_chw = tuple(image_chw)  # training sets it to that of its images
+        self.mixed_precision = True
+        self.flags = {}  # notes that are stored with the weights
         self.to(device)
 
     @property
@@ -156,31 +148,26 @@ class MyDDPM(nn.Module):
 
         `eta` (n, c, h, w) is the standard normal noise to add; None draws it.
         """
-        if eta is None:
-            eta = torch.randn_like(x0)
+        eta = torch.randn_like(x0) if eta is None else eta
         alpha_bar = self.alpha_bars[torch.as_tensor(t, device=self.device)].reshape(-1, 1, 1, 1)
         return alpha_bar.sqrt() * x0 + (1 - alpha_bar).sqrt() * eta
 
-    def backward(self, x, t, label=None, guidance=1):
-        """x_t (n, c, h, w), t (n,) or (n, 1) -> eta_theta (n, c, h, w), the predicted noise.
+    def backward(self, x, t, label=None):
+        """x_t (n, c, h, w), t (n,), (n, 1) or a number -> eta_theta (n, c, h, w), the noise in x_t.
 
-        `label` (n,) holds classes; n_classes, or None for all, stands for no label. With guidance
-        [2] it is without_label + guidance * (with_label - without_label).
+        `label` (n,) holds classes; n_classes, or None for all, stands for no label.
         """
-        t = t.flatten()
-        label = label if self.n_classes and guidance else None
-        if label is not None and guidance != 1:
-            labels = torch.cat([torch.full_like(label, self.n_classes), label])
-            both = self.backward(x.repeat(2, 1, 1, 1), t.repeat(2), labels)
-            without_label, with_label = both.chunk(2)
-            return without_label.lerp(with_label, guidance)
-        with fast_precision(x.device):
-            prediction = self.network(x, t) if label is None else self.network(x, t, label)
-        if not getattr(self.network, "predicts_v", False):
-            return prediction.float()
-        # Late steps are nearly all noise: there x itself is the prediction, and v corrects it.
+        t = torch.as_tensor(t, device=x.device).flatten().expand(len(x))
+        labels = [] if label is None or not self.n_classes else [label]
+        fast = self.mixed_precision and multiplies_bf16(x.device)
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=fast):
+            prediction = self.network(x, t, *labels).float()
+        if not self.predicts_v:
+            return prediction
+        # v = sqrt(alpha_bar) eta - sqrt(1 - alpha_bar) x0. Late steps are nearly all noise: there
+        # x itself is the prediction, and v corrects it.
         alpha_bar = self.alpha_bars[t].reshape(-1, 1, 1, 1)
-        return (1 - alpha_bar).sqrt() * x + alpha_bar.sqrt() * prediction.float()
+        return (1 - alpha_bar).sqrt() * x + alpha_bar.sqrt() * prediction
 
 
 # %% Network: a UNet that knows the step and the label
@@ -195,37 +182,23 @@ def sinusoidal_embedding(n, d):
     return pairs.flatten(1)[:, :d].float()
 
 
-class Conv(nn.Linear):
-    """A 3 x 3 convolution without bias of (n, h, w, c_in) to (n, h, w, c_out).
-
-    Its weights are a matrix, as Muon needs them. Channels come last, as in all of the network.
-    """
-
-    def __init__(self, c_in, c_out):
-        super().__init__(9 * c_in, c_out, bias=False)
-
-    def forward(self, x):
-        kernel = self.weight.unflatten(1, (3, 3, -1)).permute(0, 3, 1, 2)
-        x = F.conv2d(x.permute(0, 3, 1, 2), kernel, padding=1)
-        return x.permute(0, 2, 3, 1)
-
-
-def normalize(x):
-    """-> x (n, h, w, c) with mean 0 and variance 1 in each image."""
-    return F.layer_norm(x, x.shape[1:])
+def conv3x3(c_in, c_out):
+    return nn.Conv2d(c_in, c_out, kernel_size=3, padding=1, bias=False)
 
 
 class Block(nn.Module):
     """Residual block: two convolutions; between them step and label shift each channel."""
 
-    def __init__(self, channels):
+    def __init__(self, channels, emb_dim):
         super().__init__()
-        self.conv1 = Conv(channels, channels)
-        self.conv2 = Conv(channels, channels)
+        self.norm = nn.GroupNorm(1, channels, affine=False)  # mean 0, variance 1 in each image
+        self.conv1 = conv3x3(channels, channels)
+        self.shift = nn.Linear(emb_dim, channels, bias=False)
+        self.conv2 = conv3x3(channels, channels)
         nn.init.zeros_(self.conv2.weight)  # at first a block changes nothing
 
-    def forward(self, x, shift):
-        h = self.conv1(normalize(x)) + shift
+    def forward(self, x, emb):
+        h = self.conv1(self.norm(x)) + self.shift(emb)[:, :, None, None]
         return x + self.conv2(F.silu(h))
 
 
@@ -234,211 +207,226 @@ class MyUNet(nn.Module):
 
     It works at half and quarter resolution: each 2 x 2 square of pixels becomes channels at once,
     because full resolution costs most and decides least. On the way up, half resolution adds what
-    the way down left there. `settings` are the arguments that build it again.
+    the way down left there.
     """
 
     predicts_v = True
 
     def __init__(self, n_steps=1000, time_emb_dim=128, n_classes=10, image_channels=1):
         super().__init__()
-        self.settings = [n_steps, time_emb_dim, n_classes, image_channels]
-        self.n_classes = n_classes
-        half, quarter, depth, e = 32, 64, 4, time_emb_dim
-        self.register_buffer("embedding", sinusoidal_embedding(n_steps, e), persistent=False)
-        self.time = nn.Sequential(nn.Linear(e, e), nn.SiLU(), nn.Linear(e, e))
-        self.label = nn.Embedding(n_classes + 1, e)  # the last row stands for no label
-        self.widths = [half] * depth + [quarter] * depth + [half] * depth
-        self.shifts = nn.Linear(e, sum(self.widths))  # of all blocks at once
-        fold = Rearrange("n (h i) (w j) c -> n h w (i j c)", i=2, j=2)
-        unfold = Rearrange("n h w (i j c) -> n (h i) (w j) c", i=2, j=2)
-        self.enter = nn.Sequential(fold, Conv(4 * image_channels, half))
-        self.half_down = nn.ModuleList(Block(half) for _ in range(depth))
-        self.down = nn.Sequential(fold, nn.Linear(4 * half, quarter))
-        self.middle = nn.ModuleList(Block(quarter) for _ in range(depth))
-        self.up = nn.Sequential(nn.Linear(quarter, 4 * half), unfold)
-        self.half_up = nn.ModuleList(Block(half) for _ in range(depth))
-        last = Conv(half, 4 * image_channels)
+        self.settings = [n_steps, time_emb_dim, n_classes, image_channels]  # to build it again
+        self.n_steps, self.n_classes = n_steps, n_classes
+        half, quarter, d, square = 32, 64, time_emb_dim, 4 * image_channels
+        self.register_buffer("embedding", sinusoidal_embedding(n_steps, d), persistent=False)
+        self.time = nn.Linear(d, d, bias=False)
+        self.label = nn.Embedding(n_classes + 1, d)  # the last row stands for no label
+        self.enter = nn.Sequential(nn.PixelUnshuffle(2), conv3x3(square, half))
+        self.half_down = nn.ModuleList(Block(half, d) for _ in range(2))
+        self.down = nn.Conv2d(half, quarter, kernel_size=2, stride=2, bias=False)
+        self.middle = nn.ModuleList(Block(quarter, d) for _ in range(4))
+        self.up = nn.ConvTranspose2d(quarter, half, kernel_size=2, stride=2, bias=False)
+        self.half_up = nn.ModuleList(Block(half, d) for _ in range(2))
+        norm = nn.GroupNorm(1, half, affine=False)
+        last = conv3x3(half, square)
         nn.init.zeros_(last.weight)
-        self.leave = nn.Sequential(last, unfold)
+        self.leave = nn.Sequential(norm, nn.SiLU(), last, nn.PixelShuffle(2))
+        self.to(memory_format=torch.channels_last)  # convolutions are faster so
 
     def forward(self, x, t, label=None):
-        """x (n, c, h, w), h and w multiples of 4, t and label (n,) or (n, 1) -> v, shaped like x."""
-        if label is None:
-            label = torch.full_like(t, self.n_classes)
-        e = F.silu(self.time(self.embedding[t.flatten()]) + self.label(label.flatten()))
-        shifts = iter(self.shifts(e)[:, None, None].split(self.widths, dim=-1))
-        half = self.enter(x.permute(0, 2, 3, 1))
+        """x (n, c, h, w), t and label (n,) or (n, 1) -> v (n, c, h, w)."""
+        c, h, w = x.shape[1:]
+        require(c == self.settings[3], f"images of {c} channels need MyUNet(image_channels={c})")
+        x = F.pad(x, (0, -w % 4, 0, -h % 4))  # to multiples of 4
+        label = torch.full_like(t, self.n_classes) if label is None else label
+        emb = F.silu(self.time(self.embedding[t.flatten()]) + self.label(label.flatten()))
+        at_half = self.enter(x)
         for block in self.half_down:
-            half = block(half, next(shifts))
-        quarter = self.down(half)
+            at_half = block(at_half, emb)
+        at_quarter = self.down(at_half)
         for block in self.middle:
-            quarter = block(quarter, next(shifts))
-        half = half + self.up(quarter)
+            at_quarter = block(at_quarter, emb)
+        at_half = at_half + self.up(at_quarter)
         for block in self.half_up:
-            half = block(half, next(shifts))
-        return self.leave(F.silu(normalize(half))).permute(0, 3, 1, 2)
+            at_half = block(at_half, emb)
+        return self.leave(at_half)[..., :h, :w]
+
+
+# %% Data: images and labels, and the one door through which a training takes them
+def load_data(fashion=False, train=True, data_dir=FILE.parent / "datasets", device=None):
+    """-> TensorDataset of images (n, 1, 28, 28) in [-1, 1] and labels (n,) from 0 to 9.
+
+    n is 60,000, or 10,000 with train=False. Archives in `data_dir` are read as they are; if they
+    are missing, torchvision downloads them. Raises BadInput if that fails, or one is damaged.
+    """
+    source = FashionMNIST if fashion else MNIST
+    folder = Path(data_dir).expanduser() / source.__name__ / "raw"
+    contents = []
+    for name, md5 in source.resources[:2] if train else source.resources[2:]:
+        try:
+            if not (folder / name).exists():
+                source(folder.parent.parent, download=True)
+        except (OSError, RuntimeError) as error:
+            raise BadInput(f"{folder} needs {name}, not to be had from the net: {error}") from None
+        damaged = f"{folder / name} is not as published: delete it, or put the original there"
+        require(check_integrity(folder / name, md5), damaged)
+        contents.append(bytearray(gzip.decompress((folder / name).read_bytes())))
+    images = torch.frombuffer(contents[0], dtype=torch.uint8, offset=16).reshape(-1, 1, 28, 28)
+    labels = torch.frombuffer(contents[1], dtype=torch.uint8, offset=8)
+    return TensorDataset(images.to(device) / 127.5 - 1, labels.to(device).long())
+
+
+def batches(dataset, batch_size):
+    """-> DataLoader of [x0, label] in a new random order each time; the last may be smaller."""
+    require(batch_size >= 1, f"batch_size must be at least 1, not {batch_size}")
+    if not isinstance(dataset, TensorDataset):
+        image = dataset[0][0] if isinstance(dataset[0], (tuple, list)) else dataset[0]
+        text = f"images must be tensors, not {type(image).__name__}: the data set needs a transform"
+        require(isinstance(image, torch.Tensor), text)
+        return DataLoader(dataset, batch_size, shuffle=True)
+    sampler = BatchSampler(RandomSampler(dataset), batch_size, drop_last=False)
+    return DataLoader(dataset, sampler=sampler, batch_size=None)  # a batch is one indexing
+
+
+def images_and_labels(batch, ddpm):
+    """A batch of any loader -> x0 (n, c, h, w), and labels (n,) or None, on the model's device.
+
+    A batch is [x0, label, ...], [x0], or x0 alone; labels count if the network knows classes.
+    Raises BadInput for what is no image in [-1, 1], or no class.
+    """
+    x0, *rest = [batch] if isinstance(batch, torch.Tensor) else batch
+    floats = x0.ndim == 4 and x0.is_floating_point()
+    require(floats, f"images must be floats (n, c, h, w), not {x0.dtype} {tuple(x0.shape)}")
+    low, high = x0.aminmax()
+    text = f"images must use the range from -1 to 1, not {low:.3g} to {high:.3g}"
+    require(-1.001 <= low < 0 and high <= 1.001, f"{text}: 2 * x - 1 if they are from 0 to 1")
+    x0 = x0.to(ddpm.device, torch.float32)
+    if not rest or not ddpm.n_classes:
+        return x0, None
+    label = torch.as_tensor(rest[0], device=ddpm.device)
+    whole = label.shape == x0.shape[:1] and not label.is_floating_point()
+    known = whole and label.min() >= 0 and label.max() < ddpm.n_classes
+    require(known, f"labels must be {len(x0)} whole numbers from 0 to {ddpm.n_classes - 1}")
+    return x0, label.long()
 
 
 # %% Training: predict the noise
 def denoising_loss(ddpm, x0, label=None):
-    """Algorithm 1 of [1] up to its gradient. -> weighted loss to minimize, plain loss to report.
+    """Algorithm 1 of [1] up to its gradient. -> loss to minimize, mean squared error of the noise.
 
-    x0 is (n, c, h, w) in [-1, 1], label (n,) or None. All processes draw the same steps and noise
-    and take their shares of the batch: their losses, and so their gradients, add up.
+    x0 is (n, c, h, w) in [-1, 1], label (n,) or None. The squared error of the noise is alpha_bar
+    times that of v. By itself it would neglect late steps, where the shape of an image is decided;
+    v's would neglect early ones, where its details are. Halfway between them is the error of v at
+    steps t that are drawn in proportion to sqrt(alpha_bar).
     """
-    n, (rank, world_size) = len(x0), rank_and_size()
-    # One t from each of n parts of the range is less noisy than n free draws. Early steps are
-    # drawn up to 20 times as often as late ones, and their errors divided by that: the density
-    # falls in a straight line, and u is the share of it that lies before `fraction`.
-    u = (torch.arange(n, device=x0.device) + torch.rand(n, device=x0.device)) / n
-    fraction = (1 - (1 - 0.9975 * u).sqrt()) / 0.95
-    density = (1 - 0.95 * fraction) / 0.525
-    t = (fraction * ddpm.n_steps).long().clamp(max=ddpm.n_steps - 1)
+    n, device = len(x0), x0.device
+    density = ddpm.alpha_bars.sqrt() / ddpm.alpha_bars.sqrt().mean()
+    # One t from each of n parts of the range is less noisy than n free draws.
+    u = (torch.randperm(n, device=device) + torch.rand(n, device=device)) / n
+    t = torch.searchsorted(density.cumsum(0) / ddpm.n_steps, u).clamp(max=ddpm.n_steps - 1)
     eta = torch.randn_like(x0)
-    share = slice(rank, None, world_size)
     if label is not None:
         # Guidance needs a prediction without the label: a tenth of the images teach it.
-        dropped = torch.rand(n, device=x0.device) < 0.1
-        label = label.masked_fill(dropped, ddpm.n_classes)[share]
-    x0, t, eta = x0[share], t[share], eta[share]
+        label = label.masked_fill(torch.rand(n, device=device) < 0.1, ddpm.n_classes)
     eta_theta = ddpm.backward(ddpm(x0, t, eta), t, label)
-    errors = (eta_theta - eta).square().mean((1, 2, 3)) / density[share] / n
-    # Late steps decide the shape of an image, but their errors are small: they count for more.
-    return (errors / ddpm.alpha_bars[t].sqrt()).sum(), errors.detach().sum()
+    errors = (eta_theta - eta).square().mean((1, 2, 3))
+    loss = (errors / ddpm.alpha_bars[t] if ddpm.predicts_v else errors).mean()
+    return loss, (errors.detach() / density[t]).mean()
 
 
-def make_optimizers(network, lr):
-    """-> [Muon [6] for matrices (the label embedding is one too), Adam for vectors]."""
-    matrices = [p for p in network.parameters() if p.ndim == 2]
-    vectors = [p for p in network.parameters() if p.ndim != 2]
-    muon = torch.optim.Muon(matrices, lr, weight_decay=0, ns_steps=3)
-    return [muon, torch.optim.Adam(vectors, lr / 10)]
+def orthogonalize(matrices):
+    """Matrices (k, n, m) -> the like with all singular values pulled near 1: Newton-Schulz [6].
 
-
-def running_average(averaged, current, n):
-    """-> average of a weight over about the last sixteenth of the n steps so far."""
-    return averaged.lerp(current, 16 / (16 + n))
-
-
-def training_loop(
-    ddpm, loader, n_epochs, optim, device=None, display=False, store_path="ddpm.pt", flags=None
-):
-    """Algorithm 1 of [1] on batches [x0, label] or [x0] of `loader`. -> mean error of each epoch.
-
-    `optim` is one optimizer or a list of them, whose learning rates rise and fall. After each epoch
-    the averaged weights and `flags` (a dict) go into `store_path`, and ten images are drawn if
-    `display`; at the end `ddpm` holds these weights. With flags["resume"] it goes on where the
-    loaded `ddpm` had stopped. Raises FloatingPointError if the loss is not finite.
+    x becomes (a + b x x^T + c (x x^T)^2) x, three times; that needs only the small x x^T.
     """
-    flags = vars(current_flags(**flags or {}))
-    ddpm.to(device or ddpm.device).train()
-    averaged = AveragedModel(ddpm, avg_fn=running_average)
-    optims = optim if isinstance(optim, list) else [optim]
-    losses, parts = [], [ddpm, averaged, *optims]
-    if flags["resume"]:
-        losses = ddpm.info["losses"]
-        for part, state in zip(parts, ddpm.info["parts"], strict=True):
-            part.load_state_dict(state)
-    for epoch in tqdm(range(len(losses), n_epochs), "Training", disable=NO_BAR):
-        # Randomness depends on seed and epoch alone: a resumed run equals an unbroken one.
-        torch.manual_seed(1_000_003 * flags["SEED"] + epoch)
-        losses.append(train_epoch(ddpm, averaged, loader, optims, epoch, n_epochs))
-        if rank_and_size()[0] == 0:
-            parts = parts if epoch + 1 < n_epochs else []
-            store(store_path, averaged.module, flags, losses, parts)
-            if display:
-                ten = {"n_samples": 10, "sample_steps": 20, "label": -1}
-                images = generate_new_images(averaged.module, gif_name=None, **flags | ten)
-                path = f"{os.path.splitext(store_path)[0]}_10.png"
-                show_images(images, f"After epoch {epoch + 1}", path)
-        tqdm.write(f"Loss at epoch {epoch + 1}: {losses[-1]:.4f} (stored in {store_path})")
-    ddpm.load_state_dict(averaged.module.state_dict())
-    return losses
+    if matrices.shape[1] > matrices.shape[2]:
+        return orthogonalize(matrices.mT).mT
+    a, b, c = 3.4445, -4.7750, 2.0315
+    x = matrices / matrices.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    gram = x @ x.mT
+    product = identity = torch.eye(x.shape[1], device=x.device)
+    for _ in range(3):
+        factor = a * identity + b * gram + c * gram @ gram
+        gram = factor @ gram @ factor
+        product = factor @ product
+    return product @ x
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum in orthogonal steps [6], so that weak directions are learned as fast as strong ones.
+
+    It takes matrices and convolutions; a convolution is a matrix, once flattened. Raises BadInput
+    for other weights, or if lr is not positive.
+    """
+
+    def __init__(self, params, lr=0.01, momentum=0.95):
+        require(0 < lr < math.inf, f"lr must be positive, not {lr}")
+        super().__init__(params, {"lr": lr, "momentum": momentum})
+        flat = any(p.ndim < 2 for group in self.param_groups for p in group["params"])
+        require(not flat, "Muon takes matrices and convolutions only: give vectors to Adam")
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            by_shape = {}
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                if not self.state[p]:
+                    self.state[p]["mean"] = torch.zeros_like(p)
+                mean = self.state[p]["mean"].lerp_(p.grad, 1 - group["momentum"])
+                step = p.grad.lerp(mean, group["momentum"])  # Nesterov's way
+                by_shape.setdefault(p.shape, []).append((p, step.flatten(1)))
+            for pairs in by_shape.values():
+                weights, steps = zip(*pairs, strict=True)
+                steps = orthogonalize(torch.stack(steps))
+                size = group["lr"] * max(1, steps.shape[1] / steps.shape[2]) ** 0.5
+                for p, step in zip(weights, steps, strict=True):
+                    p.sub_(size * step.view_as(p))
 
 
 def train_epoch(ddpm, averaged, loader, optims, epoch, n_epochs):
-    """One pass over the data: updates `ddpm` and its running average. -> mean error of the noise."""
-    parameters = list(ddpm.parameters())
+    """One pass over the data: updates the model, and `averaged`, an AveragedModel of it.
+
+    Yields after each step the number of images in it, and the mean squared error of the noise in
+    the epoch so far. Raises FloatingPointError if the weights are not finite at the end.
+    """
     mean_error = torch.zeros((), device=ddpm.device)
-    bar = tqdm(loader, f"Epoch {epoch + 1}", leave=False, disable=NO_BAR)
-    for step, batch in enumerate(bar, epoch * len(loader)):
-        x0 = batch[0].to(ddpm.device)
-        label = batch[1].to(ddpm.device) if len(batch) > 1 else None
+    for step, batch in enumerate(loader):
+        x0, label = images_and_labels(batch, ddpm)
+        ddpm.image_chw = averaged.module.image_chw = tuple(x0.shape[1:])
         loss, error = denoising_loss(ddpm, x0, label)
         ddpm.zero_grad()
         loss.backward()
-        sum_over_processes(p.grad for p in parameters if p.grad is not None)
-        # Nearly up to the full rate in a twentieth of the training, then straight down to 0.
-        progress = (step + 0.5) / len(loader) / n_epochs
+        # Up to the full rate in a twentieth of the training, then straight down to 0.
+        progress = (epoch - 1 + (step + 0.5) / len(loader)) / n_epochs
         factor = min(20 * progress, 1 - progress)
         for optim in optims:
             for group in optim.param_groups:
                 group["lr"] = factor * group.setdefault("initial_lr", group["lr"])
             optim.step()
         averaged.update_parameters(ddpm)
-        mean_error += error * len(x0) / len(loader.dataset)
-    sum_over_processes([mean_error])
+        mean_error += (error - mean_error) / (step + 1)
+        yield len(x0), mean_error
     # A gradient that is not finite makes the weights so for good: once an epoch is soon enough.
-    if not all(tensor.isfinite().all() for tensor in [mean_error, *parameters]):
-        raise FloatingPointError(f"the loss is not finite in epoch {epoch + 1}: give a lower lr")
-    return mean_error.item()
+    if not all(tensor.isfinite().all() for tensor in [mean_error, *ddpm.parameters()]):
+        raise FloatingPointError(f"the loss is not finite in epoch {epoch}: give a lower lr")
 
 
-# %% Sampling: from noise to images
-@torch.no_grad()
-def reverse_process(ddpm, x, label, guidance, variance, generator):
-    """Algorithm 2 of [1], x_0 clipped: yields x_T, the noise x (n, c, h, w), then x after each step.
+# %% Drawing: from noise to images
+def predict_x0(ddpm, x, t, label=None, guidance=1.0):
+    """x_t (n, c, h, w), its step t -> the predicted x_0, clipped to [-1, 1].
 
-    `variance` chooses sigma_t squared: 1 is beta_t, 2 is beta-tilde_t, that of the posterior.
+    `guidance` [2] is how much the label counts: 1 as trained, 0 not at all; more exaggerates it,
+    in full only at the end, as it would make images more alike while x is mostly noise [8].
     """
-    betas, alphas, alpha_bars = ddpm.betas, ddpm.alphas, ddpm.alpha_bars
-    yield x
-    for t in reversed(range(ddpm.n_steps)):
-        _, eta_theta = predict(ddpm, x, t, label, guidance)
-        x = (x - (1 - alphas[t]) / (1 - alpha_bars[t]).sqrt() * eta_theta) / alphas[t].sqrt()
-        if t > 0:
-            z = torch.randn(x.shape, generator=generator, device=x.device)
-            beta_tilde = (1 - alpha_bars[t - 1]) / (1 - alpha_bars[t]) * betas[t]
-            sigma = (betas[t] if variance == 1 else beta_tilde).sqrt()
-            x = x + sigma * z
-        yield x
-
-
-@torch.no_grad()
-def fast_sampler(ddpm, x, label, guidance, n_steps, generator):
-    """The same in `n_steps` larger steps, from t to an earlier s: SDE-DPM-Solver++(2M) of [7].
-
-    A large step must know what the prediction of x_0 will be halfway: the last two predictions are
-    continued in a straight line, over the logarithm of the signal-to-noise ratio.
-    """
-    steps = falling_steps(n_steps, ddpm.n_steps - 1)
-    last_x0 = last_log_snr = None
-    yield x
-    for t, s in itertools.pairwise(steps):
-        a_t, a_s = ddpm.alpha_bars[t], ddpm.alpha_bars[s]
-        log_snr = a_t.logit()
-        x0, _ = predict(ddpm, x, t, label, guidance)
-        halfway = x0
-        if last_x0 is not None:
-            halfway = x0 + (x0 - last_x0) / 2 * (a_s.logit() - log_snr) / (log_snr - last_log_snr)
-        last_x0, last_log_snr = x0, log_snr
-        beta = 1 - a_t / a_s
-        mean = (a_s.sqrt() * beta * halfway + (1 - beta).sqrt() * (1 - a_s) * x) / (1 - a_t)
-        z = torch.randn(x.shape, generator=generator, device=x.device)
-        x = mean + ((1 - a_s) / (1 - a_t) * beta).sqrt() * z
-        yield x
-    yield predict(ddpm, x, steps[-1], label, guidance)[0]
-
-
-def predict(ddpm, x, t, label, guidance):
-    """x_t (n, c, h, w), its step t -> x_0 clipped to [-1, 1], and the noise that x_t then holds."""
     if guidance > 1:
-        # In full only at the end: while x is mostly noise, it would make images more alike [8].
         guidance = 1 + (guidance - 1) * max(0, 1 - t / (0.6 * ddpm.n_steps))
+    eta_theta = ddpm.backward(x, t, label)
+    if guidance != 1 and label is not None and ddpm.n_classes:
+        without_label = ddpm.backward(x, t)
+        eta_theta = without_label + guidance * (eta_theta - without_label)
     alpha_bar = ddpm.alpha_bars[t]
-    eta_theta = ddpm.backward(x, torch.full((len(x),), t, device=x.device), label, guidance)
-    x0 = ((x - (1 - alpha_bar).sqrt() * eta_theta) / alpha_bar.sqrt()).clamp(-1, 1)
-    return x0, (x - alpha_bar.sqrt() * x0) / (1 - alpha_bar).sqrt()
+    return ((x - (1 - alpha_bar).sqrt() * eta_theta) / alpha_bar.sqrt()).clamp(-1, 1)
 
 
 def falling_steps(n, highest):
@@ -447,7 +435,167 @@ def falling_steps(n, highest):
     return np.maximum(steps.round(), np.arange(n)[::-1]).astype(int).tolist()
 
 
-CHUNK = 500  # images drawn at once, which bounds the memory
+@torch.no_grad()
+def reverse_process(ddpm, x, label, guidance, sample_steps, variance, generator=None):
+    """Yields x_T, the noise x (n, c, h, w) itself, then x after each step back; the last is x_0.
+
+    A step from t to an earlier s draws x_s from q(x_s given x_t and x_0), which is eq. 7 of [1]
+    with alpha_bar_t / alpha_bar_s in place of alpha_t; with s = t - 1 this is Algorithm 2. Its
+    variance is beta-tilde, or beta with variance=1. With fewer than all steps (`sample_steps`),
+    x_0 is what the straight line through the last two predictions says of the way's middle, over
+    the logarithm of the signal-to-noise ratio [7].
+    """
+    alpha_bars = [*ddpm.alpha_bars.tolist(), 1.0]  # the last is that of x_0, at "step" -1
+    steps = falling_steps(min(sample_steps or ddpm.n_steps, ddpm.n_steps), ddpm.n_steps - 1)
+    yield x
+    last_x0 = last_log_snr = None
+    for t, s in itertools.pairwise([*steps, -1]):
+        a_t, a_s = alpha_bars[t], alpha_bars[s]
+        x0 = middle_x0 = predict_x0(ddpm, x, t, label, guidance)
+        log_snr = math.log(a_t / (1 - a_t))
+        if s < t - 1 and last_x0 is not None:
+            way = math.log(a_s / (1 - a_s)) - log_snr
+            middle_x0 = x0 + (x0 - last_x0) / (log_snr - last_log_snr) * way / 2
+        last_x0, last_log_snr = x0, log_snr
+        alpha = a_t / a_s
+        beta = 1 - alpha
+        x = (a_s**0.5 * beta * middle_x0 + alpha**0.5 * (1 - a_s) * x) / (1 - a_t)
+        if s >= 0:
+            beta_tilde = (1 - a_s) / (1 - a_t) * beta
+            z = torch.randn(x.shape, generator=generator, device=x.device)
+            x = x + (beta if variance == 1 else beta_tilde) ** 0.5 * z
+        yield x
+
+
+# %% Pictures: one grey scale, -1 is black and 1 is white
+def tile(images, gap=0, columns=10):
+    """Images (n, c, h, w) in [-1, 1] -> one uint8 picture (height, width), or (.., c) if c > 1.
+
+    Ten in a row, so that classes in turn have a column each, with `gap` pixels between them.
+    """
+    require(len(images), "there is no image to show")
+    columns = min(columns, len(images))
+    blanks = -len(images) % columns
+    pixels = ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    pixels = F.pad(pixels, (0, gap, 0, gap, 0, 0, 0, blanks))
+    grid = rearrange(pixels, "(row column) c h w -> (row h) (column w) c", column=columns)
+    return grid.squeeze(2).cpu().numpy()
+
+
+def write_gif(frames, path):
+    """Writes uint8 pictures as a GIF that rests on the first and on the last of them."""
+    frames = [frame // 16 * 17 for frame in frames[:-1]] + frames[-1:]  # noise needs few greys
+    durations = [500] + [60] * (len(frames) - 2) + [3000]  # in ms
+    imageio.imwrite(path, frames, extension=".gif", duration=durations, loop=0)
+
+
+def show_figure(figure, path=None):
+    """Writes the figure to `path`, if given; shows it in a notebook, or if there is no path."""
+    try:
+        if path:
+            figure.savefig(path, dpi=150, bbox_inches="tight", pad_inches=0.05)
+        if not path or "ipykernel" in sys.modules:
+            plt.show()
+    finally:
+        plt.close(figure)
+
+
+def show_images(images, title="", path=None, columns=10):
+    """Draws images (n, c, h, w) in [-1, 1] as one grid."""
+    grid = tile(torch.as_tensor(images).detach(), gap=1, columns=columns)
+    figure, axes = plt.subplots(figsize=(7, 7 * grid.shape[0] / grid.shape[1] + 0.4))
+    axes.imshow(grid, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+    axes.set_title(title)
+    axes.axis("off")
+    show_figure(figure, path)
+
+
+def first_batch(loader):
+    """-> images (n, c, h, w) of a loader of [x0, label, ...], [x0] or x0."""
+    batch = next(iter(loader))
+    return batch if isinstance(batch, torch.Tensor) else batch[0]
+
+
+def show_first_batch(loader, path=None):
+    """Draws the images of the loader's first batch."""
+    show_images(first_batch(loader), "Images in the first batch", path)
+
+
+def show_forward(ddpm, loader, device=None, path=None):
+    """Draws ten images of the first batch after 0, 25, 50, 75 and 100 % of the forward process."""
+    x0 = first_batch(loader)[:10].to(device or ddpm.device)
+    steps = [max(ddpm.n_steps * percent // 100 - 1, 0) for percent in (25, 50, 75, 100)]
+    rows = [x0] + [ddpm(x0, t) for t in steps]
+    show_images(torch.cat(rows), "After 0, 25, 50, 75 and 100 % of the steps", path, len(x0))
+
+
+def show_losses(losses, path=None):
+    """Draws the loss of each epoch."""
+    figure, axes = plt.subplots(figsize=(7, 4))
+    axes.plot(range(1, len(losses) + 1), losses, marker=".")
+    axes.set(xlabel="epoch", ylabel="mean squared error of the noise", title="Training loss")
+    axes.grid(alpha=0.3)
+    show_figure(figure, path)
+
+
+# %% New images
+def say(text):
+    """Prints a line above the progress bars; it is seen at once, in a file or a pipe too."""
+    tqdm.write(text)
+    sys.stdout.flush()
+
+
+class Lines:
+    """A file for a progress bar where there is no terminal: it prints lines, and each at once."""
+
+    def write(self, text):
+        if text.strip():
+            say(text.strip())
+
+    def flush(self):
+        pass
+
+
+def progress_bar(task, total, unit):
+    """-> tqdm bar on a terminal or in a notebook; elsewhere a line after 15 s, then each minute."""
+    how = {"desc": task, "total": total, "unit": f" {unit}", "leave": False}
+    if "ipykernel" in sys.modules or sys.stderr.isatty():
+        return tqdm(**how)
+    line = "{desc}{postfix}, {percentage:.0f} %, {rate_noinv_fmt}, {remaining} left"
+    how |= {"file": Lines(), "bar_format": line, "smoothing": 0, "position": 0}
+    bar = tqdm(**how, mininterval=60, miniters=1, delay=1)
+    bar.last_print_t -= 45
+    return bar
+
+
+def check_drawing(ddpm, n_samples, label, guidance, sample_steps, variance):
+    """-> labels (n_samples,) to draw. Raises BadInput for arguments that make no sense."""
+    require(isinstance(ddpm, MyDDPM), f"a MyDDPM draws images, not a {type(ddpm).__name__}")
+    require(n_samples >= 1, f"n_samples must be at least 1, not {n_samples}")
+    require(sample_steps is None or sample_steps >= 1, "sample_steps must be at least 1, or None")
+    require(0 <= guidance < math.inf, f"guidance must be 0 or more, not {guidance}")
+    require(variance in (1, 2), f"variance must be 1 (beta) or 2 (beta-tilde), not {variance}")
+    n_classes = ddpm.n_classes
+    text = f"label must be None, one of {n_classes} classes, or {n_samples} of them, not {label!r}"
+    try:
+        in_turn = torch.arange(n_samples) % max(n_classes, 1)
+        labels = in_turn if label is None else torch.as_tensor(label).expand(n_samples)
+    except (TypeError, ValueError, RuntimeError):
+        raise BadInput(text) from None
+    whole = not labels.is_floating_point() and labels.min() >= 0
+    require(label is None or (whole and labels.max() < n_classes), text)
+    return labels
+
+
+def film(xs, n_frames, n_steps, bar):
+    """Of n_steps + 1 images x on their way -> the last one, and pictures of n_frames of them."""
+    shown = falling_steps(max(2, min(n_frames, n_steps + 1)), n_steps)
+    frames = []
+    for left, x in zip(range(n_steps, -1, -1), xs, strict=True):
+        bar.update()
+        if left in shown:
+            frames.append(tile(x[:100]))
+    return x, frames
 
 
 def generate_new_images(
@@ -460,312 +608,254 @@ def generate_new_images(
     h=None,
     w=None,
     label=None,
-    **flags,
+    guidance=2.0,
+    sample_steps=None,
+    variance=2,
+    SEED=0,
 ):
-    """-> n_samples new images (n, c, h, w) in [-1, 1], the same ones for the same SEED.
+    """-> n_samples new images (n, c, h, w) in [-1, 1]; the GIF shows how the first 100 come about.
 
-    `label` is a class, or one for each image; None (or -1) is every class in turn. The GIF shows
-    the first 100 images from pure noise to what is returned; gif_name=None writes none. `flags`
-    (guidance, sample_steps, variance, SEED) stand in for the module's. Raises BadInput for values
-    out of range.
+    `label` is a class, or one for each image; None is every class in turn. Raises BadInput.
     """
-    flags = current_flags(n_samples=n_samples, **flags)
+    labels = check_drawing(ddpm, n_samples, label, guidance, sample_steps, variance)
+    require(not gif_name or Path(gif_name).parent.is_dir(), f"there is no folder for {gif_name}")
     device = ddpm.to(device or ddpm.device).device
-    labels = labels_of(label, n_samples, ddpm.n_classes, device)
     chw = [given or own for given, own in zip((c, h, w), ddpm.image_chw, strict=True)]
-    n_steps = min(flags.sample_steps or ddpm.n_steps, ddpm.n_steps)
-    shown = falling_steps(max(2, min(frames_per_gif, n_steps + 1)), n_steps)
-    generator = torch.Generator(device).manual_seed(flags.SEED)
-    frames, images = [], []
-    for chunk in torch.arange(n_samples, device=device).split(CHUNK):
-        x = torch.randn(len(chunk), *chw, generator=generator, device=device)
-        if n_steps == ddpm.n_steps:
-            xs = reverse_process(ddpm, x, labels[chunk], flags.guidance, flags.variance, generator)
-        else:
-            xs = fast_sampler(ddpm, x, labels[chunk], flags.guidance, n_steps, generator)
-        for i, x in enumerate(tqdm(xs, "Sampling", n_steps + 1, disable=NO_BAR)):
-            if gif_name and not images and n_steps - i in shown:
-                frames.append(tile(x[:100]))
+    n_steps = min(sample_steps or ddpm.n_steps, ddpm.n_steps)
+    generator = torch.Generator(device).manual_seed(SEED)
+    noise = torch.randn(n_samples, *chw, generator=generator, device=device)
+    bar = progress_bar("Drawing", math.ceil(n_samples / 500) * (n_steps + 1), "steps")
+    was_training = ddpm.training
+    ddpm.eval()
+    images, films = [], []
+    for x, chunk in zip(noise.split(500), labels.to(device).split(500), strict=True):
+        xs = reverse_process(ddpm, x, chunk, guidance, n_steps, variance, generator)
+        x, frames = film(xs, frames_per_gif, n_steps, bar)
         images.append(x)
+        films.append(frames)
+    ddpm.train(was_training)
+    bar.close()
     if gif_name:
-        write_gif(frames, gif_name)
+        write_gif(films[0], gif_name)
     return torch.cat(images)
 
 
-def labels_of(label, n, n_classes, device):
-    """-> classes of n images (n,), from one for all or n of them; -1 or None: every class in turn.
+# %% The whole training, and its file
+def store(path, ddpm, losses, training=None):
+    """Writes the model with all that load_model needs, and the state of an unfinished training.
 
-    Raises BadInput for a class that doesn't exist, or another number of them than 1 and n.
+    A kill or a full disk leaves the old file as it was. Raises OSError if it can't be written.
     """
-    labels = torch.as_tensor(-1 if label is None else label, device=device)
-    wrong = labels.is_floating_point() or labels.shape not in ((), (n,))
-    if wrong or labels.min() < -1 or labels.max() >= n_classes:
-        raise BadInput(f"label must be one of {n_classes} classes, or {n} of them, not {label}")
-    in_turn = torch.arange(n, device=device) % max(n_classes, 1)
-    return torch.where(labels == -1, in_turn, labels)
+    checkpoint = {
+        "weights": ddpm.state_dict(),
+        "network": type(ddpm.network).__name__,
+        "settings": getattr(ddpm.network, "settings", None),
+        "schedule": [ddpm.n_steps, ddpm.betas[0].item(), ddpm.betas[-1].item()],
+        "image_chw": ddpm.image_chw,
+        "losses": losses,
+        "flags": ddpm.flags,
+        "training": training,
+    }
+    temporary = f"{path}.{os.getpid()}"
+    try:
+        torch.save(checkpoint, temporary)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:
+        raise OSError(f"can't write {path}: {error}") from None
+    finally:
+        Path(temporary).unlink(missing_ok=True)
 
 
-# %% Pictures: one grey scale, -1 is black and 1 is white
-def tile(images, gap=0):
-    """Images (n, c, h, w) in [-1, 1] -> one uint8 picture (height, width), or (.., c) if c > 1.
+def load_model(store_path, device=None, network=None):
+    """-> MyDDPM in eval mode, rebuilt from the file alone; `.info` holds all that is in it.
 
-    Ten in a row, so that classes in turn have a column each, with `gap` pixels between them.
+    `network` takes the weights if they are not those of MyUNet. Raises BadInput if the file is
+    missing, damaged, holds code, or doesn't fit the network.
     """
-    pixels = ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-    grid = make_grid(pixels, nrow=min(len(images), 10), padding=gap)[: images.shape[1]]
-    return grid.permute(1, 2, 0).squeeze(2).cpu().numpy()
+    holds = "nothing that can be read"
+    try:
+        with zipfile.ZipFile(store_path) as archive:
+            require(not archive.testzip(), "a wrong checksum")  # torch.load doesn't look at them
+        info = torch.load(store_path, map_location="cpu", weights_only=True)
+        holds = f"weights of {info['network']}, which don't fit"
+        ddpm = MyDDPM(network or MyUNet(*info["settings"]), *info["schedule"])
+        ddpm.load_state_dict(info["weights"])
+    except Exception as error:  # noqa: BLE001 - a foreign file can raise almost anything
+        remedy = "train first, or load_model(path, network=...) with the network that was trained"
+        reason = f"{type(error).__name__}: {str(error)[:300]}"
+        raise BadInput(f"{store_path} holds {holds}: {remedy} ({reason})") from None
+    ddpm.info, ddpm.flags, ddpm.image_chw = info, info["flags"], tuple(info["image_chw"])
+    return ddpm.to(device).eval()
 
 
-def write_gif(frames, path):
-    """Writes uint8 pictures as a GIF that rests on the first and on the last of them."""
-    pictures = [frame // 16 * 17 for frame in frames[:-1]] + frames[-1:]  # noise needs few greys
-    durations = [500] + [60] * (len(frames) - 2) + [3000]  # in ms
-    with whole_file(path) as temporary:
-        imageio.imwrite(temporary, pictures, extension=".gif", duration=durations, loop=0)
+def preview(ddpm, title, store_path):
+    """Draws ten images in 20 steps beside the weights; that can fail without ending the training."""
+    images = generate_new_images(ddpm, 10, gif_name=None, sample_steps=20)
+    with suppress(OSError):
+        show_images(images, title, f"{Path(store_path).with_suffix('')}_10.png")
 
 
-def show_images(images, title="", path=None):
-    """Draws images (n, c, h, w) in [-1, 1] as one grid; written to `path`, shown if possible."""
-    grid = tile(torch.as_tensor(images).detach(), gap=1)
-    with figure_for(path, 7 * grid.shape[0] / grid.shape[1] + 0.4) as axes:
-        axes.imshow(grid, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
-        axes.set_title(title)
-        axes.axis("off")
+def training_loop(
+    ddpm, loader, n_epochs, optim, device=None, display=False, store_path="ddpm.pt", resume=False
+):
+    """Algorithm 1 of [1] on batches [x0, label] or [x0] of `loader`. -> mean error of each epoch.
+
+    `optim` is one optimizer or a list, whose rates rise and fall. After each epoch the averaged
+    weights go into `store_path`, and ten images are drawn if `display`; at the end `ddpm` holds
+    these weights. With `resume` a loaded `ddpm` goes on; as randomness depends on torch's seed and
+    the epoch alone, it ends as if never stopped. Raises BadInput; FloatingPointError for the loss.
+    """
+    optims = optim if isinstance(optim, list) else [optim]
+    known = all(isinstance(one, torch.optim.Optimizer) for one in optims)
+    require(known, "optim must be an optimizer, as Muon(ddpm.network.parameters()), or a list")
+    require(Path(store_path).parent.is_dir(), f"there is no folder for {store_path}")
+    ddpm.to(device or ddpm.device).train()
+    averaged = AveragedModel(ddpm, avg_fn=lambda mean, p, n: mean.lerp(p, 16 / (16 + n)))
+    parts, losses, seed = [ddpm, averaged, *optims], [], torch.initial_seed()
+    if resume:
+        losses = ddpm.info["losses"]
+        for part, state in zip(parts, ddpm.info["training"], strict=True):
+            part.load_state_dict(state)
+    bar = progress_bar("Training", (n_epochs - len(losses)) * len(loader.dataset), "images")
+    try:
+        for epoch in range(len(losses) + 1, n_epochs + 1):
+            torch.manual_seed((1_000_003 * seed + epoch) % 2**63)
+            for n, error in train_epoch(ddpm, averaged, loader, optims, epoch, n_epochs):
+                bar.set_postfix_str(f"epoch {epoch}/{n_epochs}, loss {error:.3f}", refresh=False)
+                bar.update(n)
+            training = None if epoch == n_epochs else [part.state_dict() for part in parts]
+            store(store_path, averaged.module, [*losses, error.item()], training)
+            losses = [*losses, error.item()]
+            say(f"Loss at epoch {epoch}: {losses[-1]:.4f} (stored in {store_path})")
+            if display:
+                preview(averaged.module, f"After epoch {epoch}", store_path)
+    except KeyboardInterrupt:
+        stored = f"--resume goes on after epoch {len(losses)}" if losses else "nothing was stored"
+        raise KeyboardInterrupt(f"stopped; {stored}") from None
+    bar.close()
+    ddpm.load_state_dict(averaged.module.state_dict())
+    return losses
 
 
-def show_first_batch(loader, path=None):
-    """Draws the images of the loader's first batch."""
-    show_images(next(iter(loader))[0], "Images in the first batch", path)
-
-
-def show_forward(ddpm, loader, device=None, path=None):
-    """Draws ten images of the first batch after 0, 25, 50, 75 and 100 % of the forward process."""
-    x0 = next(iter(loader))[0][:10].to(device or ddpm.device)
-    steps = [max(ddpm.n_steps * percent // 100 - 1, 0) for percent in (25, 50, 75, 100)]
-    rows = [x0] + [ddpm(x0, t) for t in steps]
-    show_images(torch.cat(rows), "After 0, 25, 50, 75 and 100 % of the steps", path)
-
-
-def show_losses(losses, path=None):
-    """Draws the loss of each epoch."""
-    with figure_for(path, 4) as axes:
-        axes.plot(range(1, len(losses) + 1), losses, marker=".")
-        axes.set(xlabel="epoch", ylabel="mean squared error of the noise", title="Training loss")
-        axes.grid(alpha=0.3)
-
-
-@contextmanager
-def figure_for(path, height):
-    """Gives axes to draw on; then writes them to `path`, if given, and shows them if possible."""
-    figure, axes = plt.subplots(figsize=(7, height), num=path and str(path), clear=True)
-    yield axes
-    if path:
-        with whole_file(path) as temporary:
-            figure.savefig(temporary, dpi=150, bbox_inches="tight", pad_inches=0.05)
-    if plt.get_backend().lower() == "agg":
-        plt.close(figure)
-    else:
-        plt.show(block=False)
-
-
-# %% Running it: errors, flags, files, devices, processes, main
-# Progress bars are for terminals (None: only there) and notebooks.
-NO_BAR = False if "ipykernel" in sys.modules else None
-# What drawing from weights must have in common with their training, and what resuming it must.
+# %% Running it: flags, device, main
 SCHEDULE = ["fashion", "n_steps", "min_beta", "max_beta"]
-TRAINING = [*SCHEDULE, "SEED", "batch_size", "n_epochs", "n_images", "lr"]
+TRAINING = [*SCHEDULE, "SEED", "batch_size", "n_epochs", "n_images", "lr", "mixed_precision"]
+DRAWING = ["n_samples", "label", "guidance", "sample_steps", "variance"]
 
 
-class BadInput(ValueError):
-    """An error that the user can put right: the text says what is wrong and what to do."""
+def flag_notes():
+    """-> {name: type and help} of the flags at the top."""
+    notes = inspect.get_annotations(sys.modules[__name__])
+    return {name: note for name, note in notes.items() if hasattr(note, "__metadata__")}
 
 
-def current_flags(**given):
-    """-> Namespace of all flags: those `given`, unless None, and else the module's values.
-
-    Raises BadInput with the flag's name and range for the first one out of range.
-    """
-    flags = {name: globals()[name] for name in FLAGS}
-    flags |= {name: value for name, value in given.items() if value is not None}
-    for name, value in flags.items():
-        _, kind, *limits = FLAGS[name]
-        low, high = limits or (value, value)
-        if not isinstance(value, (kind, int)) or not low <= value <= high:
-            raise BadInput(f"{name} must be {kind.__name__} {limits or ''}, not {value!r}")
-    return argparse.Namespace(**flags)
+def dashed(name):
+    return name.lower().replace("_", "-")
 
 
 def read_flags(argv=None):
-    """-> Namespace of all flags: the command line `argv`, and else the values at the top.
+    """-> Namespace of the flags: those on the command line `argv`, and else those at the top.
 
-    Raises BadInput for an unknown flag or a value that makes no sense.
+    argv=None is the program's command line, if that is ours; `given` are the names on it. Raises
+    BadInput for an unknown flag or a value of another type.
     """
-
-    def true_or_false(text):
-        return bool(("False", "True").index(text))
+    if argv is None:
+        argv = sys.argv[1:] if Path(sys.argv[0]).resolve() == FILE else []
+    argv = [re.sub("^--[^=]+", lambda name: dashed(name[0]), word) for word in argv]
 
     def refuse(message):
         raise BadInput(f"{message} (--help lists the flags)")
 
+    def switch(word):
+        return bool(("false", "true").index(word.lower()))
+
     classes = ", ".join(f"{i} {name}" for i, name in enumerate(FashionMNIST.classes))
     parser = argparse.ArgumentParser(epilog=f"The labels of Fashion-MNIST are {classes}.")
     parser.error = refuse
-    for name, (text, kind, *_) in FLAGS.items():
-        option = parser.add_argument("--" + name.lower().replace("_", "-"), dest=name, type=kind)
-        option.help = f"{text} (default: {globals()[name]})".replace("%", "%%")
+    top = []
+    for name, note in flag_notes().items():
+        kind, value, option = note.__origin__, globals()[name], dashed(f"--{name}")
+        how = {"dest": name, "help": f"{note.__metadata__[0]} (now {value})".replace("%", "%%")}
         if kind is bool:
-            option.type, option.nargs, option.const = true_or_false, "?", True
-    return current_flags(**vars(parser.parse_args(argv)))
-
-
-@contextmanager
-def whole_file(path):
-    """Gives a temporary path beside `path`; what is written there replaces `path` at the end.
-
-    So a kill or a full disk leaves the old file as it was. Raises OSError if it can't be written.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{path.stem}-{os.getpid()}{path.suffix}")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    except OSError as error:
-        raise OSError(f"can't write {path}: {error.strerror or error}") from None
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def store(path, ddpm, flags, losses, parts):
-    """Writes the model with all that load_model needs, and the state of the `parts` of a training."""
-    betas = ddpm.betas.tolist()
-    content = {
-        "weights": ddpm.state_dict(),
-        "network": getattr(ddpm.network, "settings", None),
-        "model": [ddpm.n_steps, betas[0], betas[-1], None, ddpm.image_chw],
-        "flags": {name: flags[name] for name in TRAINING},
-        "losses": losses,
-        "parts": [part.state_dict() for part in parts],
-    }
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
-    with whole_file(path) as temporary:
-        temporary.write_bytes(buffer.getvalue())
-
-
-def load_model(store_path, device=None):
-    """-> MyDDPM in eval mode, rebuilt from the file alone; `.info` holds its flags and losses.
-
-    Raises BadInput if the file is missing, damaged, holds code, or doesn't fit MyUNet.
-    """
-    try:
-        with zipfile.ZipFile(store_path) as archive:
-            if archive.testzip():  # torch.load doesn't look at the checksums
-                raise zipfile.BadZipFile("a wrong checksum")
-        info = torch.load(store_path, map_location=device or "cpu", weights_only=True)
-        ddpm = MyDDPM(MyUNet(*info["network"]), *info["model"])
-        ddpm.load_state_dict(info["weights"])
-    except Exception as error:  # noqa: BLE001 - a foreign file can raise almost anything
-        text = f"no weights for this program in {store_path}: train first"
-        raise BadInput(f"{text} ({type(error).__name__}: {error})") from None
-    ddpm.info = info
-    return ddpm.to(device).eval()
-
-
-def find_device():
-    """-> the device to compute on: this process's GPU if CUDA is available, or else the CPU."""
-    index = int(os.environ.get("LOCAL_RANK", "0"))
-    return torch.device("cuda", index) if torch.cuda.is_available() else torch.device("cpu")
-
-
-def fast_precision(device):
-    """-> autocast to bf16 where the hardware multiplies it faster than fp32, or a disabled one."""
-    if device.type == "cuda":
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        fast = torch.cpu.get_capabilities().get("avx512_bf16", False)
-    return torch.autocast(device.type, torch.bfloat16, enabled=fast)
-
-
-def rank_and_size():
-    """-> (rank, number of processes): (0, 1) unless torchrun has started several."""
-    if not distributed.is_initialized():
-        return 0, 1
-    return distributed.get_rank(), distributed.get_world_size()
-
-
-def sum_over_processes(tensors):
-    """Replaces each tensor by its sum over all processes."""
-    if distributed.is_initialized():
-        for tensor in tensors:
-            distributed.all_reduce(tensor)
-
-
-def join_processes():
-    """Joins the processes that torchrun started, if any; only the first one prints.
-
-    Raises BadInput if they don't find each other.
-    """
-    if "WORLD_SIZE" in os.environ:
-        try:
-            distributed.init_process_group()
-        except (ValueError, RuntimeError) as error:
-            raise BadInput(f"found no other processes: use torchrun ({error})") from None
-    if rank_and_size()[0] > 0:
-        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+            parser.add_argument(option, type=switch, nargs="?", const=True, **how)
+            how["help"] = argparse.SUPPRESS
+            parser.add_argument(dashed(f"--no-{name}"), action="store_false", default=None, **how)
+        else:
+            parser.add_argument(option, type=(get_args(kind) or [kind])[0], **how)
+        top += [] if value is None and get_args(kind) else [f"{option}={value}"]
+    given = {name for name, value in vars(parser.parse_args(argv)).items() if value is not None}
+    return argparse.Namespace(given=given, **vars(parser.parse_args(top + argv)))
 
 
 def make_model(flags, store_path, device):
-    """-> MyDDPM, new or from the file. Raises BadInput if the file doesn't fit the flags."""
+    """-> MyDDPM, new, or from the file, whose flags then count. Raises BadInput if others are given."""
     if not flags.no_train and not flags.resume:
-        network = MyUNet(flags.n_steps)
-        return MyDDPM(network, flags.n_steps, flags.min_beta, flags.max_beta, device)
+        schedule = [flags.n_steps, flags.min_beta, flags.max_beta]
+        return MyDDPM(MyUNet(flags.n_steps), *schedule, device)
     ddpm = load_model(store_path, device)
-    if flags.resume and not ddpm.info["parts"]:
-        raise BadInput(f"{store_path} has finished its training: draw from it with --no-train")
-    names = TRAINING if flags.resume else SCHEDULE
-    trained = {name: ddpm.info["flags"][name] for name in names}
-    if not trained.items() <= vars(flags).items():
-        raise BadInput(f"{store_path} was trained with {trained}: give the same, or train anew")
+    text = f"the training of {store_path} has ended: draw with --no-train, or train anew"
+    require(ddpm.info["training"] or not flags.resume, text)
+    for name in TRAINING if flags.resume else SCHEDULE:
+        value, asked = ddpm.flags.get(name, vars(flags)[name]), vars(flags)[name]
+        text = f"{store_path} was trained with {name} {value}, not {asked}: leave {name} out"
+        require(value == asked or name not in flags.given | {"fashion"}, text)
+        setattr(flags, name, value)
     return ddpm
 
 
-def run(flags):
-    """The whole job, from the images to the GIF. Raises what the functions above raise."""
-    device, (rank, world_size) = find_device(), rank_and_size()
-    if flags.batch_size % world_size:
-        raise BadInput(f"batch_size must be a multiple of the {world_size} processes")
-    path = Path(flags.out_dir, "fashion" if flags.fashion else "mnist")
-    store_path = path.with_suffix(".pt")
+def find_device(name=None):
+    """-> the device of that name; None is CUDA if available, or else the CPU."""
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.ones(1, device=name).item()
+    except (RuntimeError, AssertionError) as error:
+        raise BadInput(f"there is no device {name}: {str(error).splitlines()[0]}") from None
+    return torch.device(name)
+
+
+def run(flags=None):
+    """The whole job with these flags (None: those at the top). Raises what the others raise."""
+    flags = flags or read_flags([])
+    require(0 <= flags.SEED < 2**32, f"SEED must be from 0 to 2^32 - 1, not {flags.SEED}")
+    for name in ("n_steps", "n_epochs", "n_images", "batch_size"):
+        require(vars(flags)[name] >= 1, f"{name} must be at least 1, not {vars(flags)[name]}")
+    path = Path(flags.out_dir).expanduser() / ("fashion" if flags.fashion else "mnist")
+    store_path, device = path.with_suffix(".pt"), find_device(flags.device)
     torch.backends.cudnn.deterministic = True
     torch.manual_seed(flags.SEED)
     ddpm = make_model(flags, store_path, device)
-    dataset = load_data(flags.fashion, device=device) if rank == 0 else None
-    sum_over_processes([torch.zeros(1, device=device)])  # the first one has unpacked the archives
-    dataset = dataset or load_data(flags.fashion, device=device)
-    try:
+    ddpm.mixed_precision = flags.mixed_precision
+    drawing = {name: vars(flags)[name] for name in DRAWING}
+    check_drawing(ddpm, **drawing)
+    say(f"Using device: {device}, {torch.get_num_threads()} threads")
+    say(f"Parameters: {sum(p.numel() for p in ddpm.network.parameters()):,}")
+    say(f"Schedule: {ddpm.n_steps} steps, beta from {ddpm.betas[0]:g} to {ddpm.betas[-1]:g}")
+    if not flags.no_train:
+        dataset = load_data(flags.fashion, data_dir=flags.data_dir, device=device)
+        loader = batches(TensorDataset(*dataset[: flags.n_images]), flags.batch_size)
+        optim = Muon(ddpm.network.parameters(), flags.lr)
         path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise BadInput(f"give another out_dir: {error}") from None
-    loader = batches(TensorDataset(*dataset[: flags.n_images]), flags.batch_size)
-    print(f"Using device: {device}, {world_size} process(es)")
-    print(f"Parameters: {sum(p.numel() for p in ddpm.network.parameters()):,}")
-    if rank == 0:
         torch.manual_seed(flags.SEED)
         show_first_batch(loader, f"{path}_first_batch.png")
         show_forward(ddpm, loader, device, f"{path}_forward.png")
-    if flags.no_train:
-        losses = ddpm.info["losses"]
-    else:
-        optims = make_optimizers(ddpm.network, flags.lr)
-        losses = training_loop(
-            ddpm, loader, flags.n_epochs, optims, device, flags.display, store_path, vars(flags)
-        )
-    if rank == 0:
+        ddpm.flags = {name: vars(flags)[name] for name in TRAINING}
+        how = {"store_path": store_path, "resume": flags.resume}
+        torch.manual_seed(flags.SEED)
+        losses = training_loop(ddpm, loader, flags.n_epochs, optim, device, flags.display, **how)
         show_losses(losses, f"{path}_loss.png")
-        images = generate_new_images(ddpm, device=device, gif_name=f"{path}.gif", **vars(flags))
-        show_images(images[:10], "Generated images", f"{path}_10.png")
-        show_images(images[:100], "Generated images", f"{path}_100.png")
-        print(f"Pictures are in {flags.out_dir}")
+    images = generate_new_images(ddpm, gif_name=f"{path}.gif", SEED=flags.SEED, **drawing)
+    show_images(images[:10], "Generated images", f"{path}_10.png")
+    show_images(images[:100], "Generated images", f"{path}_100.png")
+    np.save(f"{path}_images.npy", images.cpu())
+    say(f"Pictures are in {path.parent}")
+
+
+def keep_freed_memory():
+    """Tells glibc to: where it gives memory back, an eighth of a training step goes to fetching it."""
+    with suppress(OSError):  # another system
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
 def main(argv=None):
@@ -774,13 +864,14 @@ def main(argv=None):
     Raises SystemExit after one line on stderr: status 2 for bad input, 1 if the loss is not finite
     or a file can't be written, 130 after Ctrl-C.
     """
+    sys.stderr = sys.stderr or sys.stdout or open(os.devnull, "w")  # noqa: SIM115
+    sys.stdout = sys.stdout or sys.stderr
+    keep_freed_memory()
     try:
-        join_processes()
         run(read_flags(argv))
-        plt.show()
         return
-    except KeyboardInterrupt:
-        message, status = "stopped; a training that was under way goes on with --resume", 130
+    except KeyboardInterrupt as error:
+        message, status = str(error) or "stopped", 130
     except BadInput as error:
         message, status = error, 2
     except (FloatingPointError, OSError) as error:
@@ -790,4 +881,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main([] if "get_ipython" in globals() else None)  # a notebook's command line is not ours
+    main()

@@ -1,11 +1,14 @@
-"""How fast is it? Run by hand on an idle machine: python tests/benchmark.py (about 4 minutes)
+"""How fast is it? Run by hand on an idle machine: python tests/benchmark.py [--whole]
 
-`ddpm.py` as it is against "plain": the same network in the report's training loop, with images
-read one by one, Adam, and fp32. The two take turns, so that the machine's moods meet both.
+A column is a kind of processor: this one, and the lesser ones that it can imitate, each in a
+process of its own. Columns take turns, and so do the two sides of a comparison, so that the
+machine's moods meet all. A cell is the median (smallest to largest), and its ratio to the first
+column. "Plain" is the same network in the report's loop: images one by one, Adam, fp32, and with
+the program's setting of the memory allocator, which makes it faster, too.
 """
 
 import argparse
-import contextlib
+import math
 import multiprocessing
 import os
 import platform
@@ -15,84 +18,128 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
-os.environ["MPLBACKEND"] = "agg"  # a window would wait to be closed
-
 import torch
+from quality import DEVICE, ROOT, clock, ddpm, draw
 from torch.nn import functional as F
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, Subset, TensorDataset
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
 from torchvision.datasets import MNIST
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-import ddpm
-
-DEVICE = ddpm.find_device()
-BATCH = 128
-
-
-def clock():
-    """-> seconds, read when the device has finished its work."""
-    if DEVICE.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
 
 def seconds_of(function, *args, **kwargs):
-    """-> seconds that the call takes; what it prints is thrown away."""
     start = clock()
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-        function(*args, **kwargs)
+    function(*args, **kwargs)
     return clock() - start
-
-
-def in_turn(functions, repeats):
-    """Calls each once to warm up, then A B A B ... -> for each the list of what it returned."""
-    for function in functions:
-        function()
-    rounds = [[function() for function in functions] for _ in range(repeats)]
-    return list(zip(*rounds, strict=True))
 
 
 def new_model():
     """-> untrained model: trained weights would be neither faster nor slower."""
-    return ddpm.MyDDPM(ddpm.MyUNet(ddpm.n_steps), ddpm.n_steps, device=DEVICE)
+    model = ddpm.MyDDPM(ddpm.MyUNet(ddpm.n_steps), ddpm.n_steps, device=DEVICE)
+    model.mixed_precision = ddpm.mixed_precision
+    return model
 
 
-def fp32(device):
-    """Stands in for ddpm.fast_precision in the plain runs."""
-    return torch.autocast(device.type, enabled=False)
+def training(n):
+    """-> what train_epoch takes, with n images in an epoch."""
+    model = new_model()
+    averaged = AveragedModel(model, avg_fn=lambda mean, p, n: mean.lerp(p, 16 / (16 + n)))
+    loader = ddpm.batches(TensorDataset(*ddpm.load_data(device=DEVICE)[:n]), ddpm.batch_size)
+    return model, averaged, loader, [ddpm.Muon(model.network.parameters(), ddpm.lr)], 1, 1
 
 
-def report_data(folder):
-    """-> torchvision data set of (1, 28, 28) images in [-1, 1], unpacked in `folder`."""
-    shutil.copytree(ROOT / "datasets" / "MNIST", Path(folder, "MNIST"))
+def step_parts(n):
+    """-> mean ms of the parts of a step, over an epoch; the rest is data, average and rates."""
+    how, spent = training(n), {"forward": 0, "backward": 0, "optimizer": 0}
+
+    def timed(part, function):
+        def run(*args, **kwargs):
+            start = clock()
+            result = function(*args, **kwargs)
+            spent[part] += clock() - start
+            return result
+
+        return run
+
+    with (
+        mock.patch.object(ddpm, "denoising_loss", timed("forward", ddpm.denoising_loss)),
+        mock.patch.object(torch.Tensor, "backward", timed("backward", torch.Tensor.backward)),
+        mock.patch.object(ddpm.Muon, "step", timed("optimizer", ddpm.Muon.step)),
+    ):
+        whole = seconds_of(list, ddpm.train_epoch(*how))
+    parts = {**spent, "rest": whole - sum(spent.values()), "whole": whole}
+    step, n_steps = f"step of {ddpm.batch_size} images", n / ddpm.batch_size
+    ms = {f"{step}, ms: {part}": 1000 * s / n_steps for part, s in parts.items()}
+    return {**ms, f"{step}: whole / both passes": whole / (spent["forward"] + spent["backward"])}
+
+
+def plain_seconds(folder, n):
+    """-> seconds of a pass over n images in the report's training loop."""
+    model = new_model()
+    model.mixed_precision = False
+    optim = torch.optim.Adam(model.parameters(), 1e-3)
     steps = [transforms.ToTensor(), transforms.Lambda(lambda x: (x - 0.5) * 2)]
-    return MNIST(folder, download=True, transform=transforms.Compose(steps))
-
-
-def report_epoch(model, loader, optim):
-    """The training loop of the report: one pass over `loader`."""
-    for batch in loader:
+    dataset = Subset(MNIST(folder, transform=transforms.Compose(steps)), range(n))
+    start = clock()
+    for batch in DataLoader(dataset, batch_size=128, shuffle=True):
         x0 = batch[0].to(DEVICE)
-        n = len(x0)
         eta = torch.randn(x0.shape).to(DEVICE)
-        t = torch.randint(0, model.n_steps, (n,)).to(DEVICE)
-        eta_theta = model.backward(model(x0, t, eta), t.reshape(n, -1))
+        t = torch.randint(0, model.n_steps, (len(x0),)).to(DEVICE)
+        eta_theta = model.backward(model(x0, t, eta), t.reshape(len(x0), -1))
         loss = F.mse_loss(eta_theta, eta)
         optim.zero_grad()
         loss.backward()
         optim.step()
         loss.item()
+    return clock() - start
+
+
+def training_rates(folder, n):
+    """-> images a second of ddpm.py and of the plain loop, and their ratio."""
+    ours = n / seconds_of(list, ddpm.train_epoch(*training(n)))
+    plain = n / plain_seconds(folder, n)
+    return {"training, images/s": ours, "plain, images/s": plain, "ratio": ours / plain}
+
+
+def muon_times():
+    """-> ms of a step of our Muon and torch's, for the weights of the network as matrices."""
+    found = {}
+    theirs = partial(torch.optim.Muon, ns_steps=3)  # as ours has
+    for name, muon in (("Muon", ddpm.Muon), ("torch.optim.Muon", theirs)):
+        weights = new_model().network.parameters()
+        matrices = [p.detach().flatten(1).requires_grad_() for p in weights]
+        for matrix in matrices:
+            matrix.grad = torch.randn_like(matrix)
+        optim = muon(matrices)
+        optim.step()  # the first one makes its means
+        found[f"{name}, ms a step"] = 1000 * seconds_of(optim.step)
+    return found
+
+
+def drawing_time(n, steps):
+    seconds = seconds_of(draw, new_model(), n, sample_steps=steps)
+    return {f"{n:,} images in {steps:,} steps, s": seconds}
+
+
+def command_time(*flags):
+    """-> seconds of `python ddpm.py` in a folder with untrained weights."""
+    with tempfile.TemporaryDirectory() as folder:
+        ddpm.store(Path(folder, "mnist.pt"), new_model(), [])
+        command = [sys.executable, "ddpm.py", *flags, "--out-dir", folder]
+        command += [] if ddpm.mixed_precision else ["--no-mixed-precision"]
+        nowhere = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        seconds = seconds_of(subprocess.run, command, cwd=ROOT, check=True, **nowhere)
+    return {f"{' '.join(['python ddpm.py', *flags])}, s": seconds}
 
 
 def forward_flop(n=8):
-    """-> floating-point operations of one call of the network, for each image."""
+    """-> floating-point operations of the network for one image."""
     x, t = torch.zeros(n, 1, 28, 28, device=DEVICE), torch.zeros(n, device=DEVICE).long()
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         new_model().backward(x, t)
@@ -100,27 +147,98 @@ def forward_flop(n=8):
 
 
 def product_rate():
-    """-> operations a second of a 2048 x 2048 matrix product in the precision of the training."""
-    with ddpm.fast_precision(DEVICE):
-        bf16 = torch.is_autocast_enabled(DEVICE.type)
+    """-> GFLOP/s of a 2048 x 2048 matrix product in the precision of the training."""
+    bf16 = ddpm.mixed_precision and ddpm.multiplies_bf16(DEVICE)
     a, b = torch.randn(2, 2048, 2048, device=DEVICE).to(torch.bfloat16 if bf16 else torch.float32)
-    times = [seconds_of(lambda: [a @ b for _ in range(10)]) / 10 for _ in range(10)]
-    return 2 * 2048**3 / min(times)
+    seconds = min(seconds_of(torch.matmul, a, b) for _ in range(20))
+    return {"product of 2048 x 2048, GFLOP/s": 2 * 2048**3 / seconds / 1e9}
 
 
-def number(x):
-    """-> three digits, or all those before the point."""
-    return f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
+def peak_memory(n_drawn):
+    """-> peak of this process (on CUDA: of its tensors), in MB; 0 drawn is a step of training."""
+    if n_drawn:
+        drawing_time(n_drawn, 2)
+    else:
+        next(ddpm.train_epoch(*training(ddpm.n_images)))
+    what = f"{n_drawn:,} images in 2 steps" if n_drawn else "a step of training"
+    peak = torch.cuda.max_memory_allocated() if DEVICE.type == "cuda" else 0
+    status = Path("/proc/self/status")
+    if not peak and status.exists():
+        peak = 1024 * int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1])
+    return {f"peak memory of {what}, MB": peak / 1e6 or math.nan}
 
 
-def spread(values):
-    """-> median (smallest to largest)"""
-    middle, low, high = (number(f(values)) for f in (statistics.median, min, max))
-    return f"{middle} ({low} to {high})"
+def set_precision(mixed_precision):
+    ddpm.mixed_precision = mixed_precision
 
 
-def row(label, *cells):
-    print(f"{label:44}" + "".join(f"{cell:>28}" for cell in cells), flush=True)
+def new_process(environment, mixed_precision):
+    """-> pool of one process that imitates a lesser processor."""
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(1, context, set_precision, [mixed_precision])
+    with mock.patch.dict(os.environ, environment):
+        pool.submit(os.getpid).result()  # which starts the process
+    return pool
+
+
+def processors():
+    """-> {name: arguments of new_process} of this processor and those that it can imitate."""
+    can = torch.cpu.get_capabilities() if DEVICE.type == "cpu" else {}
+    found = {"native": ({}, True)}
+    if can.get("amx_bf16"):
+        limit = {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16"}
+        found["AVX-512 with bf16, no AMX"] = (limit, True)
+    if can.get("avx512_f"):
+        limits = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
+        found["AVX2, fp32"] = (limits, False)
+    return found
+
+
+def row(label, columns):
+    """Prints a cell for the list of values of each column."""
+    cells = []
+    for values in columns:
+        middle, low, high = (f(values) for f in (statistics.median, min, max))
+        spread = f" ({low:,.2f} to {high:,.2f})" if len(values) > 1 else ""
+        ratio = f" x{middle / statistics.median(columns[0]):.2f}" if cells else ""
+        cells.append(f"{middle:,.2f}{spread}{ratio}")
+    print(f"{label:48}" + "".join(f"{cell:>36}" for cell in cells), flush=True)
+
+
+def measure(pools, repeats, function, *args):
+    """Lets the processes take turns, of several the first to warm up. -> medians in each."""
+    turns = [[pool.submit(function, *args).result() for pool in pools] for _ in range(repeats)]
+    found = []
+    for label in turns[0][0]:
+        columns = [[one[label] for one in column] for column in zip(*turns[1:] or turns)]
+        row(label, columns)
+        found.append([statistics.median(values) for values in columns])
+    return found
+
+
+def measure_all(pools, repeats, n, few_steps, all_steps):
+    """Prints all rows, the last of them an estimate of the default command."""
+    measure(pools, repeats, step_parts, n)
+    with tempfile.TemporaryDirectory() as folder:
+        shutil.copytree(ROOT / "datasets" / "MNIST", Path(folder, "MNIST"))
+        MNIST(folder, download=True)  # which only unpacks
+        rates = measure(pools, repeats, training_rates, folder, n)[0]
+    limits = measure(pools, repeats, product_rate)[0]
+    # The backward pass costs two forward passes; the optimizer's products are not counted.
+    gflop = 3 * forward_flop() / 1e9
+    shares = [[100 * rate * gflop / limit] for rate, limit in zip(rates, limits, strict=True)]
+    row("of that rate in training, %", shares)
+    measure(pools, 4 * repeats, muon_times)
+    drawing = [measure(pools, repeats, drawing_time, 100, steps)[0] for steps in few_steps]
+    full = measure(pools, 1, drawing_time, 100, all_steps)[0]
+    command = ["--no-train", "--sample-steps", str(few_steps[-1])]
+    whole = measure(pools, repeats, command_time, *command)[0]
+    total = ddpm.n_epochs * ddpm.n_images
+    minutes = [
+        [(total / rate + chain + start - part) / 60]
+        for rate, chain, start, part in zip(rates, full, whole, drawing[-1], strict=True)
+    ]
+    row("ESTIMATE from these: python ddpm.py, min", minutes)
 
 
 def processor():
@@ -128,102 +246,35 @@ def processor():
         return torch.cuda.get_device_name()
     info = Path("/proc/cpuinfo")
     text = info.read_text() if info.exists() else f"model name: {platform.processor()}"
-    found = [name for name in ("amx_bf16", "avx512_bf16") if torch.cpu.get_capabilities().get(name)]
-    return f"{re.search(r'model name.*: (.*)', text)[1]} ({', '.join(found) or 'no bf16'})"
-
-
-def measure_training(repeats, n):
-    """Images a second of both programs, and the share of the machine's product rate."""
-    with tempfile.TemporaryDirectory() as folder:
-        dataset = TensorDataset(*ddpm.load_data(device=DEVICE)[:n])
-        model, plain = new_model(), new_model()
-        optims = ddpm.make_optimizers(model.network, ddpm.lr)
-        optim = torch.optim.Adam(plain.parameters(), 1e-3)
-        loader = ddpm.batches(dataset, BATCH)
-        slow_loader = DataLoader(Subset(report_data(folder), range(n)), BATCH, shuffle=True)
-        path = Path(folder, "weights.pt")
-
-        def run():
-            how = {"store_path": path}
-            return n / seconds_of(ddpm.training_loop, model, loader, 1, optims, **how)
-
-        def run_plain():
-            with mock.patch.object(ddpm, "fast_precision", fp32):
-                return n / seconds_of(report_epoch, plain, slow_loader, optim)
-
-        ours, theirs = in_turn([run, run_plain], repeats)
-    row("training, images/s: ddpm.py, plain, ratio", spread(ours), spread(theirs))
-    row("", spread([a / b for a, b in zip(ours, theirs, strict=True)]))
-    # The backward pass costs two forward passes; the optimizer's products are not counted.
-    rate, limit = statistics.median(ours) * 3 * forward_flop(), product_rate()
-    row("GFLOP/s: training, 2048 x 2048 product, share", f"{rate / 1e9:.0f}", f"{limit / 1e9:.0f}")
-    row("", f"{rate / limit:.0%}")
-
-
-def measure_drawing(repeats):
-    """Seconds for 100 images with the default guidance, by number of steps."""
-    model = new_model().eval()
-    for steps in (20, 50, 0):
-        how = {"gif_name": None, "sample_steps": steps}
-
-        def run(how=how):
-            return seconds_of(ddpm.generate_new_images, model, 100, DEVICE, **how)
-
-        times = in_turn([run], repeats)[0] if steps else [run()]
-        row(f"100 images, {steps or ddpm.n_steps} steps, s", spread(times))
-
-
-def measure_starting(repeats):
-    """Seconds of whole commands, each in a process of its own."""
-    with tempfile.TemporaryDirectory() as folder:
-        shutil.copy(ROOT / "outputs" / "mnist.pt", folder)
-        draw = ["ddpm.py", "--no-train", "--sample-steps", "20", "--out-dir", folder]
-        for command in (["-c", "import ddpm"], ["ddpm.py", "--help"], draw):
-            whole = [sys.executable, *command]
-            how = {"cwd": ROOT, "check": True, "stdout": subprocess.DEVNULL}
-            times = [seconds_of(subprocess.run, whole, **how) for _ in range(repeats)]
-            row(f"python {' '.join(command[:4])}, s".replace("\n", " "), spread(times))
-
-
-def peak_memory(queue, n, training):
-    """Puts this process's peak in MB after one training step, or drawing n images in 2 steps."""
-    model = new_model()
-    if training:
-        images = torch.zeros(n, 1, 28, 28, device=DEVICE)
-        ddpm.denoising_loss(model, images)[0].backward()
-    else:
-        ddpm.generate_new_images(model, n, DEVICE, gif_name=None, sample_steps=2)
-    text = Path("/proc/self/status").read_text()
-    queue.put(int(re.search(r"VmHWM:\s+(\d+)", text)[1]) * 1024 / 1e6)
-
-
-def measure_memory():
-    context = multiprocessing.get_context("spawn")
-    for label, n, training in (
-        ("training", BATCH, True),
-        ("1", 1, False),
-        ("10,000", 10_000, False),
-    ):
-        queue = context.Queue()
-        process = context.Process(target=peak_memory, args=(queue, n, training))
-        process.start()
-        row(f"peak memory, {label}{' images' * (not training)}, MB", f"{queue.get():.0f}")
-        process.join()
+    names = ("avx2", "avx512_f", "avx512_bf16", "amx_bf16")
+    found = [name for name in names if torch.cpu.get_capabilities().get(name)]
+    return f"{re.search(r'model name.*: (.*)', text)[1]} ({', '.join(found) or 'no AVX2'})"
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Measure the speed and memory of ddpm.py.")
-    parser.add_argument("--repeats", type=int, default=5, help="turns of each (%(default)s)")
-    parser.add_argument("--n", type=int, default=80 * BATCH, help="images a turn (%(default)s)")
+    parser.add_argument("--repeats", type=int, default=6, help="turns, the first to warm up")
+    parser.add_argument("--quick", action="store_true", help="only to see that all of it works")
+    parser.add_argument("--whole", action="store_true", help="time the default command, too")
     args = parser.parse_args(argv)
     count = sum(p.numel() for p in new_model().parameters())
     print(f"{processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     print(f"network: {count:,} parameters, {forward_flop() / 1e6:.1f} MFLOP an image (forward)")
-    print(f"medians (smallest to largest) of {args.repeats}\n")
-    measure_training(args.repeats, args.n)
-    measure_drawing(args.repeats)
-    measure_starting(args.repeats)
-    measure_memory()
+    kinds = processors()
+    if len(kinds) == 1:
+        print("nothing lesser than this processor can be imitated")
+    print(f"\n{'':48}" + "".join(f"{name:>36}" for name in kinds))
+    pools = [new_process(*kind) for kind in kinds.values()]
+    if args.quick:
+        measure_all(pools, 2, 4 * ddpm.batch_size, [2, 3], 4)
+    else:
+        measure_all(pools, args.repeats, 40 * ddpm.batch_size, [20, 50], ddpm.n_steps)
+    if args.whole:
+        flags = ["--n-images=256", "--n-epochs=1", "--sample-steps=4"] if args.quick else []
+        measure(pools, 1, command_time, *flags)
+    for n_drawn in (0, 200 if args.quick else 10_000):
+        fresh = [new_process(*kind) for kind in kinds.values()]  # a peak stays
+        measure(fresh, 1, peak_memory, n_drawn)
 
 
 if __name__ == "__main__":

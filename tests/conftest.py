@@ -6,18 +6,20 @@ import signal
 import sys
 from pathlib import Path
 
-import matplotlib
-import pytest
-import torch
-from torch.utils.data import TensorDataset
-
-matplotlib.use("Agg")
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+os.environ |= {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "MPLBACKEND": "agg"}
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageSequence
+from torch.utils.data import TensorDataset
 
 import ddpm
 
-SMALL = ["--n-images=300", "--batch-size=100", "--n-epochs=3", "--sample-steps=3", "--n-samples=12"]
+SMALL = ["--n-images=200", "--batch-size=100", "--n-epochs=3", "--n-steps=4", "--max-beta=0.99"]
+SMALL += ["--SEED=3"]
 
 
 @pytest.fixture(scope="session")
@@ -40,13 +42,10 @@ def train(digits, tmp_path):
         torch.manual_seed(0)
         model = ddpm.MyDDPM(network or ddpm.MyUNet())
         loader = ddpm.batches(dataset or TensorDataset(*digits[:1000]), 50)
-        optim = optim or ddpm.make_optimizers(model.network, 0.02)
+        optim = optim or ddpm.Muon(model.network.parameters(), 0.02)
         path = tmp_path / "weights.pt"
-        return (
-            model,
-            ddpm.training_loop(model, loader, n_epochs, optim, store_path=path, **how),
-            path,
-        )
+        losses = ddpm.training_loop(model, loader, n_epochs, optim, store_path=path, **how)
+        return model, losses, path
 
     return train
 
@@ -62,43 +61,28 @@ def child(argv, folder, prepare):
     ddpm.main(argv)
 
 
-@pytest.fixture(scope="session")
-def start():
-    """start(folder, "--flag", ...) -> process of a small run of the program, outputs in folder/out.
+# Processes from a server that has imported the program once: real ones, with signals and limits of
+# their own, that start in no time.
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["conftest"])
 
-    The processes come from a server that has imported the program once: real ones, with signals
-    and limits of their own, that start in no time.
-    """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["ddpm"])
 
-    def start(folder, *argv, prepare=None):
-        argv = [*SMALL, "--out-dir", "out", *map(str, argv)]
-        process = context.Process(target=child, args=(argv, folder, prepare))
-        process.start()
-        return process
-
-    return start
+def program(folder, *argv, status=0, prepare=None):
+    """Runs the program, outputs in folder/out, until it ends with `status`. -> its stderr."""
+    argv = ["--out-dir", "out", *map(str, argv)]
+    process = SERVER.Process(target=child, args=(argv, folder, prepare))
+    process.start()
+    process.join()
+    text = (folder / "stderr").read_text()
+    assert process.exitcode == status, text
+    return text.strip()
 
 
 @pytest.fixture(scope="session")
-def finish():
-    """finish(process, folder, status) -> what it wrote on stderr, once it has ended with it."""
-
-    def finish(process, folder, status=0):
-        process.join(120)
-        text = (folder / "stderr").read_text()
-        assert process.exitcode == status, text
-        return text.strip()
-
-    return finish
-
-
-@pytest.fixture(scope="session")
-def whole_run(start, finish, tmp_path_factory):
+def whole_run(tmp_path_factory):
     """A folder whose `out` holds what a small run wrote that nothing has disturbed."""
     folder = tmp_path_factory.mktemp("whole")
-    finish(start(folder), folder)
+    program(folder, *SMALL)
     return folder
 
 
@@ -112,6 +96,35 @@ def bad_input(capsys):
             ddpm.main([str(word) for word in argv])
         lines = capsys.readouterr().err.strip().splitlines()
         assert (stop.value.code, len(lines)) == (status, 1), lines
+        assert len(lines[0]) < 600
         return lines[0]
 
     return bad_input
+
+
+def change_a_bit(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def frames_of(path):
+    """-> the grey picture of each frame of a GIF, and how many ms it lasts."""
+    with Image.open(path) as gif:
+        assert gif.info["loop"] == 0
+        frames = ImageSequence.Iterator(gif)
+        return [(np.array(frame.convert("L")), frame.info["duration"]) for frame in frames]
+
+
+def grid_of(path, shape):
+    """-> the grid (height, width) in a figure: black gaps are its last row and its last column."""
+    with Image.open(path) as picture:
+        pixels = np.array(picture.convert("L"))
+    bottom = np.flatnonzero((pixels < 64).any(1))[-1]
+    columns = np.flatnonzero(pixels[bottom] < 64)
+    rows = np.flatnonzero(pixels[:, columns[-1]] < 64)
+    middles = [
+        found[0] + (np.arange(n) + 0.5) * (found[-1] + 1 - found[0]) / n
+        for found, n in zip((rows, columns), shape, strict=True)
+    ]
+    return pixels[np.ix_(*(middle.astype(int) for middle in middles))]

@@ -4,12 +4,15 @@ The judge is a small classifier, trained here once per data set on the training 
 images, every class in turn, are compared with the test images in its features, beside as many real
 training images. Of the real images, too, every class counts the same: MNIST has 27 % more ones
 than fives, and a difference in numbers is none in quality. The figures can be compared within one
-classifier and one number of images only.
+classifier and one number of images only. FID* has a star because it is not the usual FID: that
+uses the features of Inception, a network of colour photographs.
 """
 
 import argparse
+import contextlib
 import hashlib
 import inspect
+import itertools
 import os
 import sys
 import tempfile
@@ -25,6 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import ddpm
 
+ddpm.keep_freed_memory()  # as the program does
 DEVICE = ddpm.find_device()
 NAMES = {False: "MNIST", True: "Fashion-MNIST"}
 
@@ -90,6 +94,20 @@ def to_uint8(images):
     return ((images[:, 0].clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
+def clock():
+    """-> seconds, read when the device has finished its work."""
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def draw(model, n, **how):
+    """-> n generated images (n, 28, 28) uint8, every class in turn, without a word on progress."""
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        images = ddpm.generate_new_images(model, n, DEVICE, gif_name=None, **how)
+    return to_uint8(images).cpu()
+
+
 def in_turn(labels):
     """Labels (n,) -> indices of images of every class in turn, as many as the rarest class allows."""
     place_in_class = F.one_hot(labels).cumsum(0).gather(1, labels[:, None])[:, 0]
@@ -104,7 +122,7 @@ def judge_of(fashion, images, labels):
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ddpm-quality"
     path = cache / f"{NAMES[fashion].lower()}-{digest}.pt"
     if not path.exists():
-        print(f"training the {NAMES[fashion]} classifier, once: a minute or two", flush=True)
+        print(f"training the {NAMES[fashion]} classifier, once: some minutes", flush=True)
         net = train_classifier(images, labels)
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=cache, delete=False) as file:
@@ -158,19 +176,17 @@ def nearest(images, train, chunk=500):
 
 def frechet_and_error(a, b, parts=10):
     """-> frechet(a, b) and its standard error: the jackknife that leaves out a tenth of `a`."""
-    without = [frechet(torch.cat([*rest]), b) for rest in leave_one_out(a.chunk(parts))]
+    chunks = a.chunk(parts)
+    rests = [torch.cat(chunks[:i] + chunks[i + 1 :]) for i in range(parts)]
+    without = [frechet(rest, b) for rest in rests]
     spread = np.square(np.subtract(without, np.mean(without))).sum()
     return frechet(a, b), float((spread * (parts - 1) / parts) ** 0.5)
 
 
-def leave_one_out(chunks):
-    return [chunks[:i] + chunks[i + 1 :] for i in range(len(chunks))]
-
-
-COLUMNS = ["FID", "+-", "floors", "other", "learner", "precision", "recall", "nearest", "seconds"]
+COLUMNS = ["FID*", "+-", "floors", "other", "learner", "precision", "recall", "nearest", "seconds"]
 LEGEND = """
-FID        squared Frechet distance of the features to those of the test images, with its standard error
-floors     the FID in units of that of as many real training images
+FID*       squared Frechet distance of the features to those of the test images, +- standard error
+floors     FID* in units of that of as many real training images
 other      % of images that the classifier takes for another class than the one asked for
 learner    test accuracy, %, of a classifier that has learned from these images and labels alone
 precision  % of these images that lie among real ones (fidelity); recall: the reverse (variety)
@@ -193,17 +209,17 @@ class Judge:
         print(f"\n{NAMES[fashion]}: {n:,} images a row against {len(balanced):,} test images\n")
         print(f"{'images':22}" + "".join(f"{name:>10}" for name in COLUMNS))
         self.row("training images", self.train[choice], train_labels[choice], skip=["nearest"])
-        skip = ["FID", "+-", "floors", "learner", "precision", "recall"]
+        skip = ["FID*", "+-", "floors", "learner", "precision", "recall"]
         self.row("test images", self.test, self.test_labels, skip=skip)
 
     @torch.no_grad()
     def row(self, name, images, labels, seconds=None, skip=()):
         """Prints a row for images (n, 28, 28) uint8 of the classes `labels` (n,)."""
         feats = features(self.net, images)
-        found = {"other": 100 * (self.net.head(feats).argmax(1) != labels).double().mean()}
-        if "FID" not in skip:
-            found["FID"], found["+-"] = frechet_and_error(feats, self.test_feats)
-            found["floors"] = found["FID"] / self.floor
+        found = {"other": 100 * (self.net.head(feats).argmax(1).cpu() != labels).double().mean()}
+        if "FID*" not in skip:
+            found["FID*"], found["+-"] = frechet_and_error(feats, self.test_feats)
+            found["floors"] = found["FID*"] / self.floor
             shares = precision_recall(self.test_feats, feats)
             found["precision"], found["recall"] = (100 * share for share in shares)
             if self.learn:
@@ -219,7 +235,7 @@ class Judge:
         """-> test accuracy of a classifier trained on `images` only."""
         with torch.enable_grad():
             learner = train_classifier(images, labels, n_epochs=12)
-        found = learner.head(features(learner, self.test)).argmax(1)
+        found = learner.head(features(learner, self.test)).argmax(1).cpu()
         return (found == self.test_labels).double().mean().item()
 
 
@@ -240,15 +256,13 @@ def main(argv=None):
         fashion = model.info["flags"]["fashion"]
         if fashion not in judges:
             judges[fashion] = Judge(fashion, args.n, not args.no_learner)
-        for steps in args.sample_steps:
-            for guidance in args.guidance:
-                start = time.perf_counter()
-                how = {"sample_steps": steps, "guidance": guidance, "SEED": args.seed}
-                images = ddpm.generate_new_images(model, args.n, DEVICE, gif_name=None, **how)
-                seconds = time.perf_counter() - start
-                labels = torch.arange(args.n) % 10
-                name = f"{path.stem} {steps or model.n_steps} steps x{guidance:g}"
-                judges[fashion].row(name, to_uint8(images).cpu(), labels, seconds)
+        for steps, guidance in itertools.product(args.sample_steps, args.guidance):
+            start = clock()
+            how = {"sample_steps": steps, "guidance": guidance, "SEED": args.seed}
+            images = draw(model, args.n, **how)
+            seconds = clock() - start
+            name = f"{path.stem} {steps} steps x{guidance:g}"
+            judges[fashion].row(name, images, torch.arange(args.n) % 10, seconds)
     print(LEGEND)
 
 

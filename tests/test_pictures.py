@@ -5,22 +5,14 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageSequence
+from conftest import frames_of, grid_of
+from PIL import Image
+from torch.utils.data import DataLoader, TensorDataset
 
 import ddpm
 
 
-def frames_of(path):
-    with Image.open(path) as gif:
-        return [np.array(frame.convert("L")) for frame in ImageSequence.Iterator(gif)]
-
-
-def durations_of(path):
-    with Image.open(path) as gif:
-        return [frame.info["duration"] for frame in ImageSequence.Iterator(gif)]
-
-
-@pytest.mark.parametrize("n", [1, 2, 3, 5, 7, 10, 11, 13, 14, 17, 100])
+@pytest.mark.parametrize("n", [*range(1, 18), 100])
 def test_every_image_is_in_the_grid(n, images):
     grid = ddpm.tile(images[:n])
     assert grid.shape == (28 * -(-n // 10), 28 * min(n, 10))
@@ -42,38 +34,66 @@ def test_colours():
     assert ddpm.tile(red)[0, 0].tolist() == [255, 0, 0]
 
 
-@pytest.mark.parametrize("steps, frames, expected", [(0, 30, 30), (20, 9, 9), (3, 60, 4)])
+def test_no_image(images):
+    with pytest.raises(ddpm.BadInput, match="no image"):
+        ddpm.show_images(images[:0])
+
+
+@pytest.mark.parametrize("steps, frames, expected", [(None, 30, 30), (20, 9, 9), (3, 60, 4)])
 def test_gif(steps, frames, expected, tmp_path):
-    path = tmp_path / "a.gif"
     model = ddpm.MyDDPM(ddpm.MyUNet(50), 50, 1e-3, 0.3)
-    drawn = ddpm.generate_new_images(
-        model, 12, frames_per_gif=frames, gif_name=path, sample_steps=steps
-    )
-    found = frames_of(path)
-    assert len(found) == expected and {frame.shape for frame in found} == {(56, 280)}
-    np.testing.assert_array_equal(found[-1], ddpm.tile(drawn))
-    noise = torch.randn(12, 1, 28, 28, generator=torch.Generator().manual_seed(ddpm.SEED))
-    assert np.abs(found[0].astype(int) - ddpm.tile(noise)).max() < 16
-    assert all((a != b).any() for a, b in itertools.pairwise(found))
-    durations = durations_of(path)
-    assert durations[-1] >= 2000 and durations[0] > durations[1] >= 20
-    with Image.open(path) as gif:
-        assert gif.info["loop"] == 0
+    how = {"frames_per_gif": frames, "gif_name": tmp_path / "a.gif", "sample_steps": steps}
+    images = ddpm.generate_new_images(model, 12, SEED=7, **how)
+    shown, durations = zip(*frames_of(tmp_path / "a.gif"), strict=True)
+    assert len(shown) == expected and {frame.shape for frame in shown} == {(56, 280)}
+    np.testing.assert_array_equal(shown[-1], ddpm.tile(images))
+    noise = torch.randn(12, 1, 28, 28, generator=torch.Generator().manual_seed(7))
+    assert np.abs(shown[0].astype(int) - ddpm.tile(noise)).max() < 16
+    assert all((a != b).any() for a, b in itertools.pairwise(shown))
+    first, second, *_, last = durations
+    assert last >= 2000 and first > second >= 20
 
 
-def test_figures_are_files(images, tmp_path):
-    loader = ddpm.batches(torch.utils.data.TensorDataset(images, torch.zeros(100)), 16)
-    model = ddpm.MyDDPM(torch.nn.Identity())
-    ddpm.show_images(images[:7].numpy(), "seven", tmp_path / "a.png")
-    ddpm.show_first_batch(loader, tmp_path / "b.png")
-    ddpm.show_forward(model, loader, path=tmp_path / "c.png")
-    ddpm.show_losses([0.3, 0.2], tmp_path / "d.png")
-    for name in "abcd":
-        with Image.open(tmp_path / f"{name}.png") as picture:
-            assert np.array(picture.convert("L")).std() > 10
-    assert ddpm.plt.get_fignums() == []
+@pytest.mark.parametrize("n", [1, 7, 23])
+def test_a_figure_shows_the_images(n, images, tmp_path, monkeypatch):
+    """Each of them; into the file without a window, and in a window if there is no file."""
+    windows, images = [], images / 2
+    monkeypatch.setattr(ddpm.plt, "show", lambda: windows.append(1))
+    ddpm.show_images(images[:n].numpy(), "some", tmp_path / "a.png")
+    assert windows == []
+    expected = ddpm.tile(images[:n], gap=1)
+    np.testing.assert_allclose(grid_of(tmp_path / "a.png", expected.shape), expected, atol=1)
+    ddpm.show_images(images[:n])
+    assert windows == [1] and ddpm.plt.get_fignums() == []
 
 
-def test_figures_without_a_path(images):
-    ddpm.show_images(images[:3])
+@pytest.mark.parametrize("labelled", [True, False])
+def test_figures_of_a_loader(labelled, images, tmp_path):
+    """The first batch; and three of its images, each in a column, as they drown."""
+    x0 = images[:3]
+    loader = DataLoader(TensorDataset(x0, torch.zeros(3)) if labelled else x0, 3)
+    ddpm.show_first_batch(loader, tmp_path / "a.png")
+    expected = ddpm.tile(x0, gap=1)
+    np.testing.assert_allclose(grid_of(tmp_path / "a.png", expected.shape), expected, atol=1)
+    torch.manual_seed(0)
+    ddpm.show_forward(ddpm.MyDDPM(torch.nn.Identity()), loader, path=tmp_path / "b.png")
+    grid = grid_of(tmp_path / "b.png", (5 * 29, 3 * 29))
+    cells = grid.reshape(5, 29, 3, 29)[:, :28, :, :28].transpose(0, 2, 1, 3).reshape(15, 784)
+    likeness = np.corrcoef(cells)[3:, :3].reshape(4, 3, 3)
+    assert all((row.argmax(1) == range(3)).all() for row in likeness[:2])
+    strength = np.abs(likeness).max((1, 2))
+    assert strength[0] > 0.5 > strength[1] > 0.2 > strength[3]
+
+
+def test_the_curve_falls_with_the_losses(tmp_path):
+    ddpm.show_losses([0.9, 0.5, 0.1], tmp_path / "a.png")
+    with Image.open(tmp_path / "a.png") as picture:
+        red, _, blue = np.array(picture.convert("RGB")).astype(int).transpose(2, 0, 1)
+    rows, columns = np.nonzero(blue - red > 50)
+    assert np.corrcoef(rows, columns)[0, 1] > 0.9
+
+
+def test_no_figure_stays_open_if_its_file_cannot_be_written(images, tmp_path):
+    with pytest.raises(OSError):
+        ddpm.show_images(images[:1], path=tmp_path / "missing" / "a.png")
     assert ddpm.plt.get_fignums() == []

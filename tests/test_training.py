@@ -1,5 +1,6 @@
-"""The loss, the training loop and what it leaves behind."""
+"""The data, the loss, the optimizer, the training loop and what it leaves behind."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -7,31 +8,61 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import ddpm
 
+T, LOW, HIGH = 100, 1e-3, 0.15
+BARS = np.cumprod(1 - np.linspace(LOW, HIGH, T))
 
-class Nothing(nn.Module):
-    """Predicts no noise at all, and remembers the steps and labels it was asked for."""
+
+class Grey(nn.Module):
+    """Knows that all images are grey, -0.5 all over: only wrong by 1 + t / T, in the noise or v."""
+
+    def __init__(self, predicts_v):
+        super().__init__()
+        self.predicts_v = predicts_v
+
+    def forward(self, x, t):
+        bar, error = torch.from_numpy(BARS)[t].view(-1, 1, 1, 1), 1 + t.view(-1, 1, 1, 1) / T
+        eta = (x + 0.5 * bar.sqrt()) / (1 - bar).sqrt()
+        v = bar.sqrt() * eta + 0.5 * (1 - bar).sqrt()
+        return error + (v if self.predicts_v else eta)
+
+
+class Recorder(nn.Module):
+    """Predicts no noise at all, and keeps the steps and labels that it was asked for."""
 
     n_classes = 10
 
-    def __init__(self):
-        super().__init__()
-        self.steps, self.labels = [], []
-
     def forward(self, x, t, label=None):
-        self.steps.append(t)
-        self.labels.append(label)
+        self.t, self.label = t, label
         return torch.zeros_like(x)
 
 
-class Plain(nn.Module):
-    """A network of the report's kind: (x, t) and no label."""
+class Constant(nn.Module):
+    """Predicts the same noise everywhere: one weight to learn, and another that does nothing."""
 
     def __init__(self):
         super().__init__()
-        self.conv = nn.Conv2d(1, 1, 3, padding=1)
+        self.noise = nn.Parameter(torch.tensor(3.0))
+        self.other = nn.Parameter(torch.tensor(0.0))
+        self.n_images = 0
 
     def forward(self, x, t):
-        return self.conv(x)
+        self.n_images += len(x)
+        return (self.noise + 0 * self.other).expand_as(x)
+
+
+class Usual(nn.Sequential):
+    """A network of the usual kind: (x, t) and no label, with dropout and batch norm."""
+
+    def __init__(self):
+        last = nn.Conv2d(4, 1, 3, padding=1)
+        super().__init__(nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Dropout(), last)
+
+    def forward(self, x, t):
+        return super().forward(x)
+
+
+def loss_of(network, x0, label=None):
+    return ddpm.denoising_loss(ddpm.MyDDPM(network, T, LOW, HIGH), x0, label)
 
 
 def test_data_are_images_and_labels(digits):
@@ -44,99 +75,181 @@ def test_data_are_images_and_labels(digits):
     assert test_labels.bincount().tolist() == [1000] * 10
 
 
-def test_batches_hold_each_image_once_in_new_order(digits):
-    loader = ddpm.batches(digits, 300)
-    rounds = [torch.cat([batch[0] for batch in loader]) for _ in range(2)]
-    assert [len(batch[0]) for batch in loader] == [300] * 6 + [200]
-    assert not torch.equal(*rounds)
-    expected = digits.tensors[0].double().sum((1, 2, 3)).sort().values
-    for images in rounds:
-        assert torch.equal(images.double().sum((1, 2, 3)).sort().values, expected)
-    x0, label = next(iter(ddpm.batches(TensorDataset(digits.tensors[1], digits.tensors[1]), 9)))
-    assert torch.equal(x0, label)
+@pytest.mark.parametrize("wrap", [list, lambda dataset: dataset])
+def test_batches_hold_each_image_once_in_new_order(wrap, digits):
+    """Each with its label."""
+    loader = ddpm.batches(wrap(TensorDataset(torch.arange(2000), digits.tensors[1])), 300)
+    rounds = [[torch.cat(column) for column in zip(*loader, strict=True)] for _ in range(2)]
+    assert [len(x0) for x0, _ in loader] == [300] * 6 + [200]
+    assert not torch.equal(rounds[0][0], rounds[1][0])
+    for numbers, labels in rounds:
+        assert torch.equal(numbers.sort().values, torch.arange(2000))
+        assert torch.equal(labels, digits.tensors[1][numbers])
 
 
-def test_dropped_labels_are_a_tenth_and_steps_cover_the_range(digits):
-    images, labels = digits.tensors
-    network = Nothing()
-    model = ddpm.MyDDPM(network)
+def test_steps_are_drawn_by_their_density_and_a_tenth_of_the_labels_is_dropped():
+    """One t in each of n parts of the range: no share of the steps is off by more than one."""
+    network, roots, labels = Recorder(), np.sqrt(BARS), torch.arange(200_000) % 10
+    loss_of(network, torch.zeros(5000, 1, 1, 1))
+    counts = np.cumsum(np.bincount(network.t, minlength=T))
+    assert np.abs(counts - 5000 * np.cumsum(roots) / roots.sum()).max() < 1.05
+    assert abs(np.corrcoef(network.t, np.arange(5000))[0, 1]) < 0.1
+    loss_of(network, torch.zeros(200_000, 1, 1, 1), labels)
+    dropped = network.label == 10
+    assert abs(dropped.double().mean() - 0.1) < 0.003
+    assert torch.equal(network.label[~dropped], labels[~dropped])
+
+
+@pytest.mark.parametrize("predicts_v", [True, False])
+def test_loss_and_error_are_means_over_the_steps(predicts_v):
+    """The loss over t as it is drawn, of what the network predicts; the noise's error over all t."""
+    loss, error = loss_of(Grey(predicts_v), torch.full((100_000, 1, 2, 3), -0.5))
+    squares = (1 + np.arange(T) / T) ** 2
+    assert loss.item() == pytest.approx(np.average(squares, weights=np.sqrt(BARS)), rel=1e-3)
+    noise = (squares * BARS if predicts_v else squares).mean()
+    assert error.item() == pytest.approx(noise, rel=5e-3)
+
+
+@pytest.mark.parametrize("shape", [(3, 5, 9), (3, 9, 5), (2, 4, 4)])
+def test_orthogonalize_is_the_quintic_iteration(shape):
+    matrices = torch.randn(shape) * torch.logspace(0, -2, shape[-1])
+    x = matrices.double() / matrices.double().flatten(1).norm(dim=1).view(-1, 1, 1)
+    for _ in range(3):
+        x = 3.4445 * x - 4.7750 * (x @ x.mT) @ x + 2.0315 * (x @ x.mT) @ (x @ x.mT) @ x
+    torch.testing.assert_close(ddpm.orthogonalize(matrices).double(), x, atol=1e-4, rtol=1e-4)
+    assert not ddpm.orthogonalize(torch.zeros(shape)).any()
+
+
+def test_muon_is_the_librarys():
+    """Up to bf16, in which the library rounds; a convolution is a matrix; rates of groups change."""
     torch.manual_seed(0)
-    ddpm.denoising_loss(model, images, labels)
-    found, t = network.labels[0], network.steps[0]
-    dropped = found == 10
-    assert 0.07 < dropped.double().mean() < 0.13
-    assert torch.equal(found[~dropped], labels[~dropped])
-    assert 0 <= t.min() < 5 and 990 < t.max() <= 999
-    assert (t < 500).sum() > (t >= 500).sum() > len(t) / 10
+    shapes = [(24, 8), (24, 8), (8, 24), (6, 4, 3, 3), (32, 4, 2, 2)]
+    ours = [nn.Parameter(torch.zeros(shape)) for shape in shapes]
+    theirs = [nn.Parameter(torch.zeros(shape).flatten(1)) for shape in shapes]
+    ours[3].data = ours[3].data.to(memory_format=torch.channels_last)
+    idle = nn.Parameter(torch.ones(24, 8))  # has no gradient
+    our_muon = ddpm.Muon([{"params": ours[:1]}, {"params": [*ours[1:], idle]}], 0.1)
+    their_groups = [{"params": theirs[:1]}, {"params": theirs[1:]}]
+    their_muon = torch.optim.Muon(their_groups, 0.1, ns_steps=3, weight_decay=0)
+    for k in range(6):
+        for our, their in zip(ours, theirs, strict=True):
+            their.grad = torch.randn(their.shape) * torch.logspace(0, -2, their.shape[1])
+            our.grad = torch.empty_like(our).copy_(their.grad.view(our.shape))
+        for muon in (our_muon, their_muon):
+            muon.param_groups[1]["lr"] = 0.02 * k
+            muon.step()
+    for our, their in zip(ours, theirs, strict=True):
+        assert (our.flatten(1) - their).norm() < 0.01 * their.norm()
+    assert (idle == 1).all()
 
 
-def test_the_reported_error_is_the_mean_over_all_steps(digits):
-    """The noise is standard normal: who predicts 0 is wrong by 1, however steps are drawn."""
-    torch.manual_seed(0)
-    loss, error = ddpm.denoising_loss(ddpm.MyDDPM(Nothing()), digits.tensors[0])
-    assert abs(error - 1) < 0.02
-    assert loss > error  # late steps weigh more
+@pytest.mark.parametrize("shape, lr", [((3,), 0.1), ((3, 3), 0), ((3, 3), -1), ((3, 3), np.nan)])
+def test_muon_refuses_vectors_and_rates(shape, lr):
+    with pytest.raises(ddpm.BadInput, match="vectors|lr"):
+        ddpm.Muon([nn.Parameter(torch.ones(shape))], lr)
 
 
-def test_each_weight_has_one_optimizer():
-    network = ddpm.MyUNet()
-    optims = ddpm.make_optimizers(network, 0.02)
-    held = [p for optim in optims for group in optim.param_groups for p in group["params"]]
-    assert sorted(map(id, held)) == sorted(map(id, network.parameters()))
+@pytest.mark.parametrize("n_epochs", [1, 3])
+def test_each_step_of_the_training(n_epochs, train, monkeypatch):
+    """Rates rise and fall; they and the gradients move the weights; the average follows."""
+    network, rates, weights, errors = Constant(), [], [], []
+    optims = [torch.optim.SGD([network.noise], 0.1), torch.optim.Adam([network.other], 1e-3)]
+    denoising_loss = ddpm.denoising_loss
+
+    def loss_that_is_kept(*arguments):
+        loss, error = denoising_loss(*arguments)
+        assert loss.requires_grad and not error.requires_grad
+        errors.append(error.item())
+        return loss, error
+
+    def keep(*_):
+        rates.append([optim.param_groups[0]["lr"] for optim in optims])
+        weights.append(network.noise.item())
+
+    monkeypatch.setattr(ddpm, "denoising_loss", loss_that_is_kept)
+    optims[1].register_step_post_hook(keep)
+    _, losses, path = train(n_epochs, network, optim=optims)
+    passed = (np.arange(20 * n_epochs) + 0.5) / 20 / n_epochs
+    factors = np.minimum(passed / 0.05, 1 - passed)
+    np.testing.assert_allclose(rates, np.outer(factors, [0.1, 1e-3]), rtol=1e-6)
+    np.testing.assert_allclose(weights, 3 * np.cumprod(1 - 0.2 * factors), atol=0.02)
+    average = weights[0]
+    for n, weight in enumerate(weights[1:], 1):
+        average = (n * average + 16 * weight) / (n + 16)
+    assert network.noise.item() == pytest.approx(average, rel=1e-5)
+    assert ddpm.load_model(path, network=Constant()).network.noise == network.noise
+    assert losses == pytest.approx(np.reshape(errors, (n_epochs, 20)).mean(1), rel=1e-5)
 
 
-def test_it_learns_and_stores_the_average(train):
-    model, losses, path = train(3)
-    assert len(losses) == 3 and losses[2] < losses[0] - 0.02
-    loaded = ddpm.load_model(path)
-    assert loaded.info["losses"] == losses
-    for name, tensor in model.state_dict().items():
-        assert torch.equal(loaded.state_dict()[name], tensor), name
-
-
-def test_training_is_reproducible(train):
-    one, two, other = train(), train(), train(flags={"SEED": 1})
-    assert one[1] == two[1] != other[1]
-    assert all(map(torch.equal, one[0].parameters(), two[0].parameters()))
-
-
-@pytest.mark.parametrize("n_epochs", [1, 10])
-def test_learning_rate_rises_and_falls(n_epochs, train):
-    network, rates = Plain(), []
-    optim = torch.optim.SGD(network.parameters(), 1e-6)
-    optim.register_step_pre_hook(lambda *_: rates.append(optim.param_groups[0]["lr"]))
-    train(n_epochs, network, optim=optim)
-    top = rates.index(max(rates))
-    assert len(rates) == 20 * n_epochs and top < len(rates) / 10
-    assert rates == sorted(rates[:top]) + sorted(rates[top:], reverse=True)
-    assert 0.8e-6 < rates[top] <= 1e-6 and rates[-1] < 0.1e-6
+def test_it_learns_and_is_reproducible(train, digits):
+    dataset = TensorDataset(*digits[:150])
+    (one, losses, _), (two, same_losses, _) = train(2, dataset=dataset), train(2, dataset=dataset)
+    assert losses[1] < losses[0] and losses == same_losses
+    assert all(map(torch.equal, one.parameters(), two.parameters()))
 
 
 @pytest.mark.parametrize("labelled", [True, False])
-@pytest.mark.parametrize("network", [Plain, ddpm.MyUNet])
-def test_the_reports_way_to_train(labelled, network, digits, tmp_path):
-    """Its loader yields lists [x0, label], or only [x0]; it has one optimizer."""
+@pytest.mark.parametrize("network", [Usual, ddpm.MyUNet])
+def test_any_network_learns_and_draws(network, labelled, digits, tmp_path):
+    """The report's loader yields lists [x0, label], or only [x0]; it has one optimizer."""
     data = digits[:100] if labelled else digits[:100][:1]
-    model = ddpm.MyDDPM(network())
-    loader = DataLoader(TensorDataset(*data), 50, shuffle=True)
+    model, path = ddpm.MyDDPM(network()), tmp_path / "a.pt"
     before = [p.clone() for p in model.parameters()]
+    loader = DataLoader(TensorDataset(*data), 50, shuffle=True)
     optim = torch.optim.Adam(model.parameters(), 0.01)
-    ddpm.training_loop(model, loader, 2, optim, None, False, tmp_path / "a.pt")
+    ddpm.training_loop(model, loader, 1, optim, None, True, path)
     assert not all(map(torch.equal, before, model.parameters()))
+    assert path.with_name("a_10.png").exists()
+    models = [model, ddpm.load_model(path, network=network())]
+    one, two = (ddpm.generate_new_images(each, 2, gif_name=None, sample_steps=3) for each in models)
+    assert torch.equal(one, two) and one.std() > 0
 
 
-def test_a_loss_that_is_not_finite_stops_it(train):
-    path = train()[2]
+@pytest.mark.parametrize("batches", [DataLoader, ddpm.batches])
+def test_a_data_set_of_bare_images(batches, images, tmp_path):
+    """Every image of a batch counts, not only the first; doubles do; their size is remembered."""
+    network, path = Constant(), tmp_path / "a.pt"
+    model = ddpm.MyDDPM(network)
+    loader = batches(list(images.double().reshape(25, 4, 14, 56)), 10)
+    ddpm.training_loop(model, loader, 1, torch.optim.SGD(network.parameters()), store_path=path)
+    assert network.n_images == 25
+    loaded = ddpm.load_model(path, network=network)
+    assert model.image_chw == loaded.image_chw == (4, 14, 56)
+    with pytest.raises(ddpm.BadInput, match="Constant.*network="):
+        ddpm.load_model(path)
+
+
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        (lambda x, y: ((x + 1) / 2, y), "0 to 1: 2"),
+        (lambda x, y: (127.5 * x + 127.5, y), "0 to 255"),
+        (lambda x, y: (x.byte(), y), "uint8"),
+        (lambda x, y: (x * 2, y), "-2 to 2"),
+        (lambda x, y: (x.sqrt(), y), "nan"),
+        (lambda x, y: (x[:, 0], y), "50, 28, 28"),
+        (lambda x, y: (x.reshape(50, 4, 14, 14), y), "image_channels=4"),
+        (lambda x, y: (x, y + 1), "labels must .* 0 to 9"),
+        (lambda x, y: (x, y - 1), "labels must .* 0 to 9"),
+        (lambda x, y: (x, y / 2), "labels must be 50 whole"),
+        (lambda x, y: (x, torch.eye(10)[y].long()), "labels must be 50 whole"),
+    ],
+)
+def test_what_is_no_image_or_no_class_is_refused(change, reason, train, digits):
+    with pytest.raises(ddpm.BadInput, match=reason):
+        train(dataset=TensorDataset(*change(*digits[:50])))
+
+
+@pytest.mark.parametrize("optim", [torch.optim.Adam, [ddpm.Muon]])
+def test_what_is_no_optimizer_is_refused(optim, train):
+    with pytest.raises(ddpm.BadInput, match="optimizer"):
+        train(optim=optim)
+
+
+def test_a_loss_that_is_not_finite_leaves_the_old_weights(train):
+    network = Usual()
+    path = train(1, network, optim=torch.optim.SGD(network.parameters(), 1e-3))[2]
     before = path.read_bytes()
-    network = ddpm.MyUNet()
-    optims = [torch.optim.SGD(network.parameters(), 1e30)]
     with pytest.raises(FloatingPointError, match="epoch 1"):
-        train(2, network, optim=optims)
+        train(2, network, optim=torch.optim.SGD(network.parameters(), 1e30))
     assert path.read_bytes() == before
-
-
-def test_display_draws_after_each_epoch(train, monkeypatch):
-    titles = []
-    monkeypatch.setattr(ddpm, "show_images", lambda images, title, path: titles.append(title))
-    train(2, display=True)
-    assert len(titles) == 2 and titles[0] != titles[1]

@@ -1,0 +1,266 @@
+"""What is each idea worth, and each minute? Run by hand on an idle machine: it takes hours.
+
+    python tests/ablation.py                           the recipe, and with one thing taken out
+    python tests/ablation.py mnist --minutes 8         one data set, and longer trainings
+    python tests/ablation.py --curve 10 30 60 120      the recipe in so many seconds, and a picture
+
+Each row is a training of its own, from the same seed and of the same seconds on this machine:
+whatever makes a step slower has fewer steps. The learning rate rises and falls over just these
+seconds, so a point of the curve is a finished short training, not the start of a long one.
+Starting, drawing and judging don't count. ddpm.train_epoch trains all of them; what is taken out
+is replaced at its name in ddpm.py. 5,000 training images are held back: "t = 20" is the mean
+squared error of the noise in them at this step. FID* (see quality.py) is that of 2,000 images in
+25 steps against the test images, with guidance 1 (none) and with that of ddpm.py. The report's
+loop has its batches of 128, but our network and our way of reading images and drawing them.
+"""
+
+import argparse
+from functools import partial
+from pathlib import Path
+from unittest import mock
+
+import matplotlib.pyplot as plt
+import torch
+from quality import DEVICE, Judge, clock, ddpm, draw, features, frechet
+from torch.optim.swa_utils import AveragedModel
+from torch.utils.data import TensorDataset
+
+
+def denoising_loss(model, x0, label=None, density=True, parts=True, power=0.5):
+    """ddpm.denoising_loss, and what can be taken out of it.
+
+    `power` 0 is the error of the noise and 1 that of v, at steps that are equally likely; `density`
+    and `parts` say how the steps are drawn, without a change of what is minimized.
+    """
+    n, device = len(x0), x0.device
+    root = model.alpha_bars.sqrt()
+    table = root / root.mean() if density else torch.ones_like(root)
+    place = torch.randperm(n, device=device) if parts else 0
+    u = (place + torch.rand(n, device=device)) / (n if parts else 1)
+    t = torch.searchsorted(table.cumsum(0) / model.n_steps, u).clamp(max=model.n_steps - 1)
+    eta = torch.randn_like(x0)
+    if label is not None:
+        label = label.masked_fill(torch.rand(n, device=device) < 0.1, model.n_classes)
+    eta_theta = model.backward(model(x0, t, eta), t, label)
+    errors = (eta_theta - eta).square().mean((1, 2, 3)) / table[t]
+    loss = (errors / model.alpha_bars[t] ** power).mean() / root.mean()
+    return loss, errors.detach().mean()
+
+
+@torch.no_grad()
+def check_loss():
+    """Stops unless denoising_loss, with nothing taken out, is that of ddpm.py."""
+    model = ddpm.MyDDPM(ddpm.MyUNet(), device=DEVICE)
+    found = []
+    for loss in (ddpm.denoising_loss, denoising_loss):
+        torch.manual_seed(0)
+        found.append(torch.stack(loss(model, torch.zeros(64, 1, 28, 28, device=DEVICE))))
+    if not torch.allclose(*found):
+        raise SystemExit("ddpm.denoising_loss has changed: change tests/ablation.py with it")
+
+
+class PlainNoise(ddpm.MyUNet):
+    """The same network; what it returns is the noise itself."""
+
+    predicts_v = False
+
+
+class ConstantAdam(torch.optim.Adam):
+    """Adam that keeps its learning rate, whatever train_epoch sets."""
+
+    def step(self):
+        for group in self.param_groups:
+            group["lr"] = group["initial_lr"]
+        super().step()
+
+
+WITHOUT = {
+    "labels": {"network": partial(ddpm.MyUNet, n_classes=0)},
+    "v: the network says the noise": {"network": PlainNoise},
+    "density of t: uniform": {"loss": partial(denoising_loss, density=False)},
+    "weight: the error of the noise": {"loss": partial(denoising_loss, power=0)},
+    "weight: the error of v": {"loss": partial(denoising_loss, power=1)},
+    "Muon: Adam, rate 0.001": {"optimizer": torch.optim.Adam, "lr": 1e-3},
+    "Muon: Adam, rate 0.002": {"optimizer": torch.optim.Adam, "lr": 2e-3},
+    "Muon: Adam, rate 0.004": {"optimizer": torch.optim.Adam, "lr": 4e-3},
+    "all: the report's loop": {
+        "network": partial(PlainNoise, n_classes=0),
+        "loss": partial(denoising_loss, density=False, parts=False, power=0),
+        "optimizer": ConstantAdam,
+        "lr": 1e-3,
+        "batch_size": 128,
+        "averages": False,
+    },
+}
+
+
+class TimedLoader:
+    """Batches until the seconds are over, as one epoch.
+
+    Its length is the number expected at the pace so far. train_epoch takes its learning rate from
+    step / length, and with it from the share of the seconds that is over.
+    """
+
+    def __init__(self, loader, seconds):
+        self.loader, self.seconds = loader, seconds
+
+    def __iter__(self):
+        self.start, self.done = clock(), 0
+        while True:
+            for batch in self.loader:
+                yield batch
+                self.done += 1
+                if clock() - self.start >= self.seconds:
+                    return
+
+    def __len__(self):
+        share = (clock() - self.start) / self.seconds
+        return max(self.done + 1, round((self.done + 0.5) / share))
+
+
+def train(
+    dataset,
+    seconds,
+    seed,
+    network=ddpm.MyUNet,
+    loss=ddpm.denoising_loss,
+    optimizer=ddpm.Muon,
+    lr=ddpm.lr,
+    batch_size=ddpm.batch_size,
+    averages=True,
+):
+    """-> trained MyDDPM, the same with its last weights, and the number of images seen."""
+    torch.manual_seed(seed)
+    model = ddpm.MyDDPM(network(), device=DEVICE)
+    averaged = AveragedModel(model, avg_fn=lambda mean, p, n: mean.lerp(p, 16 / (16 + n)))
+    loader = TimedLoader(ddpm.batches(dataset, batch_size), seconds)
+    optims = [optimizer(model.network.parameters(), lr)]
+    with mock.patch.object(ddpm, "denoising_loss", loss):
+        n_images = sum(n for n, _ in ddpm.train_epoch(model, averaged, loader, optims, 1, 1))
+    return averaged.module if averages else model, model, n_images
+
+
+GUIDED = f"FID* x{ddpm.guidance:g}"
+COLUMNS = ["images", "t = 20", "t = 100", "t = 300", "FID* x1", GUIDED]
+
+
+class Table:
+    """Judges models of one data set, and prints a row for each."""
+
+    def __init__(self, fashion, args, first):
+        self.n, self.seed = args.n, args.seed
+        judge = Judge(fashion, args.n, learn=False)
+        self.net, self.balanced = judge.net, judge.test_feats
+        self.natural = features(judge.net, judge.test)
+        dataset = ddpm.load_data(fashion, device=DEVICE)
+        order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))
+        self.held_out = dataset[order[:5000]]
+        self.dataset = TensorDataset(*dataset[order[5000:]])
+        print(f"\n{first:34}" + "".join(f"{name:>11}" for name in COLUMNS))
+
+    def row(self, name, found):
+        """Prints a cell for each of COLUMNS, or a dash if it was not found."""
+        texts = [f"{found[key]:,.7g}" if key in found else "-" for key in COLUMNS]
+        print(f"{name:34}" + "".join(f"{text:>11}" for text in texts), flush=True)
+
+    def train(self, name, seconds, **recipe):
+        """Trains a model and prints its row. -> model, the same with its last weights, its row."""
+        model, last, n_images = train(self.dataset, seconds, self.seed, **recipe)
+        found = {"images": n_images, **self.losses(model), **self.fids(model)}
+        self.row(name, found)
+        return model, last, found
+
+    @torch.no_grad()
+    def losses(self, model):
+        found = {}
+        for t in (20, 100, 300):
+            torch.manual_seed(0)  # the same noise for all models
+            errors = []
+            for x0, label in zip(*(part.split(500) for part in self.held_out), strict=True):
+                eta = torch.randn_like(x0)
+                errors.append((model.backward(model(x0, t, eta), t, label) - eta).square())
+            found[f"t = {t}"] = round(torch.cat(errors).mean().item(), 5)
+        return found
+
+    def fids(self, model, steps=25):
+        found = {"FID* x1": self.fid(model, steps, 1)}
+        if model.n_classes:
+            found[GUIDED] = self.fid(model, steps, ddpm.guidance)
+        return found
+
+    def fid(self, model, steps, guidance):
+        images = draw(model, self.n, guidance=guidance, sample_steps=steps, SEED=self.seed)
+        # Without labels a class is drawn as often as it occurs, as in all test images.
+        real = self.balanced if model.n_classes else self.natural
+        return round(frechet(features(self.net, images), real), 3)
+
+
+def without_ramp(model):
+    """-> context in which the guidance counts in full at each step of drawing with guidance 1."""
+    backward = model.backward
+
+    def guided(x, t, label=None):
+        without_label = backward(x, t)
+        return without_label + ddpm.guidance * (backward(x, t, label) - without_label)
+
+    return mock.patch.object(model, "backward", guided)
+
+
+def ablate(fashion, args):
+    """Prints the table of the recipe with one thing taken out."""
+    table, seconds = Table(fashion, args, "taken out"), 60 * args.minutes
+    model, last, _ = table.train("nothing: the recipe", seconds)
+    table.row("average: the last weights", {**table.losses(last), **table.fids(last)})
+    with without_ramp(model):
+        table.row("ramp of the guidance", {GUIDED: table.fid(model, 25, 1)})
+    table.row("few steps: 50 in place of 25", table.fids(model, 50))
+    if not args.no_full_chain:
+        table.row("few steps: the full chain", table.fids(model, model.n_steps))
+    for name, recipe in WITHOUT.items():
+        try:
+            table.train(name, seconds, **recipe)
+        except FloatingPointError:
+            table.row(f"{name}, diverged", {})
+
+
+def curves(args):
+    """Prints the table of the recipe in so many seconds, and draws all sets into one picture."""
+    args.out_dir.mkdir(parents=True, exist_ok=True)
+    figure, axes = plt.subplots(figsize=(7, 5))
+    for name in args.sets:
+        table = Table(name == "fashion", args, "seconds of training")
+        rows = [table.train(f"{seconds:g}", seconds)[2] for seconds in args.curve]
+        for column, style in (("FID* x1", ":"), (GUIDED, "-")):
+            fids = [row[column] for row in rows]
+            axes.loglog(args.curve, fids, style, marker=".", label=f"{name}, {column}")
+    axes.set(xlabel="seconds of training", ylabel=f"FID* of {args.n:,} images in 25 steps")
+    axes.set_xticks(args.curve, [f"{seconds:g}" for seconds in args.curve])
+    axes.xaxis.minorticks_off()
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.grid(which="both", alpha=0.3)
+    axes.legend()
+    ddpm.show_figure(figure, args.out_dir / "curve.png")
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description="Measure what each idea is worth, each minute.")
+    parser.add_argument("sets", nargs="*", default=["mnist", "fashion"], help="mnist, fashion")
+    parser.add_argument("--minutes", type=float, default=4, help="of each training (%(default)s)")
+    parser.add_argument("--curve", type=float, nargs="+", help="seconds of each training")
+    parser.add_argument("--n", type=int, default=2000, help="images for each FID* (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of training, drawing (%(default)s)")
+    parser.add_argument("--no-full-chain", action="store_true", help="leave it out: it takes long")
+    parser.add_argument("--out-dir", type=Path, default=ddpm.out_dir, help="folder of curve.png")
+    args = parser.parse_args(argv)
+    if not set(args.sets) <= {"mnist", "fashion"}:
+        parser.error("the sets are mnist and fashion")
+    check_loss()
+    if args.curve:
+        curves(args)
+        return
+    for name in args.sets:
+        ablate(name == "fashion", args)
+
+
+if __name__ == "__main__":
+    main()
