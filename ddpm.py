@@ -27,6 +27,7 @@ import argparse
 import ctypes
 import gzip
 import inspect
+import io
 import itertools
 import math
 import os
@@ -545,25 +546,22 @@ def say(text):
     sys.stdout.flush()
 
 
-class Lines:
-    """A file for a progress bar where there is no terminal: it prints lines, and each at once."""
+class Lines(io.TextIOBase):
+    """Where there is no terminal, what a progress bar writes becomes lines."""
 
     def write(self, text):
         if text.strip():
             say(text.strip())
 
-    def flush(self):
-        pass
-
 
 def progress_bar(task, total, unit):
     """-> tqdm bar on a terminal or in a notebook; elsewhere a line after 15 s, then each minute."""
-    how = {"desc": task, "total": total, "unit": f" {unit}", "leave": False}
+    look = {"desc": task, "total": total, "unit": f" {unit}", "leave": False}
     if "ipykernel" in sys.modules or sys.stderr.isatty():
-        return tqdm(**how)
+        return tqdm(**look)
     line = "{desc}{postfix}, {percentage:.0f} %, {rate_noinv_fmt}, {remaining} left"
-    how |= {"file": Lines(), "bar_format": line, "smoothing": 0, "position": 0}
-    bar = tqdm(**how, mininterval=60, miniters=1, delay=1)
+    look |= {"bar_format": line, "file": Lines(), "position": 0}
+    bar = tqdm(**look, mininterval=60, miniters=1, delay=1, smoothing=0)
     bar.last_print_t -= 45
     return bar
 
@@ -743,12 +741,6 @@ TRAINING = [*SCHEDULE, "SEED", "batch_size", "n_epochs", "n_images", "lr", "mixe
 DRAWING = ["n_samples", "label", "guidance", "sample_steps", "variance"]
 
 
-def flag_notes():
-    """-> {name: type and help} of the flags at the top."""
-    notes = inspect.get_annotations(sys.modules[__name__])
-    return {name: note for name, note in notes.items() if hasattr(note, "__metadata__")}
-
-
 def dashed(name):
     return name.lower().replace("_", "-")
 
@@ -772,16 +764,17 @@ def read_flags(argv=None):
     classes = ", ".join(f"{i} {name}" for i, name in enumerate(FashionMNIST.classes))
     parser = argparse.ArgumentParser(epilog=f"The labels of Fashion-MNIST are {classes}.")
     parser.error = refuse
+    notes = inspect.get_annotations(sys.modules[__name__])
     top = []
-    for name, note in flag_notes().items():
-        kind, value, option = note.__origin__, globals()[name], dashed(f"--{name}")
-        how = {"dest": name, "help": f"{note.__metadata__[0]} (now {value})".replace("%", "%%")}
+    for name in [name for name in notes if hasattr(notes[name], "__metadata__")]:
+        kind, value, option = notes[name].__origin__, globals()[name], dashed(f"--{name}")
+        text = f"{notes[name].__metadata__[0]} (now {value})".replace("%", "%%")
         if kind is bool:
-            parser.add_argument(option, type=switch, nargs="?", const=True, **how)
-            how["help"] = argparse.SUPPRESS
-            parser.add_argument(dashed(f"--no-{name}"), action="store_false", default=None, **how)
+            parser.add_argument(option, dest=name, help=text, type=switch, nargs="?", const=True)
+            off = {"action": "store_false", "default": None, "help": argparse.SUPPRESS}
+            parser.add_argument(dashed(f"--no-{name}"), dest=name, **off)
         else:
-            parser.add_argument(option, type=(get_args(kind) or [kind])[0], **how)
+            parser.add_argument(option, dest=name, help=text, type=(get_args(kind) or [kind])[0])
         top += [] if value is None and get_args(kind) else [f"{option}={value}"]
     given = {name for name, value in vars(parser.parse_args(argv)).items() if value is not None}
     return argparse.Namespace(given=given, **vars(parser.parse_args(top + argv)))
