@@ -27,7 +27,6 @@ import argparse
 import ctypes
 import gzip
 import inspect
-import io
 import itertools
 import math
 import os
@@ -64,7 +63,7 @@ fashion: Annotated[bool, "Fashion-MNIST (clothes) instead of MNIST (digits)"] = 
 resume: Annotated[bool, "go on after the last finished epoch of a stopped training"] = False
 display: Annotated[bool, "draw ten images after each epoch, to watch it learn"] = True
 label: Annotated[int | None, "draw only this class; None: every class in turn"] = None
-guidance: Annotated[float, "how much the label counts in the end; 1: as trained, 0: not"] = 2.0
+guidance: Annotated[float, "how much the label counts as drawing ends; 1: as trained, 0: not"] = 2.0
 n_samples: Annotated[int, "images to draw; the pictures show the first 100"] = 100
 sample_steps: Annotated[int | None, "fewer steps to draw in; None: all n_steps"] = None
 variance: Annotated[int, "of the noise in a step back; 1: beta_t, 2: beta-tilde_t"] = 2
@@ -79,6 +78,7 @@ mixed_precision: Annotated[bool, "multiply in bf16 where the hardware does; else
 device: Annotated[str | None, "cpu, cuda, cuda:1, mps; None: CUDA if available"] = None
 data_dir: Annotated[str, "folder of the archives of images"] = str(FILE.parent / "datasets")
 out_dir: Annotated[str, "folder of the weights and pictures"] = str(FILE.parent / "outputs")
+FLAGS = inspect.get_annotations(sys.modules[__name__])  # {name: type and help} of those above
 
 
 class BadInput(ValueError):
@@ -109,17 +109,11 @@ class MyDDPM(nn.Module):
     """
 
     def __init__(
-        self,
-        network,
-        n_steps=1000,
-        min_beta=1e-4,
-        max_beta=0.02,
-        device=None,
-        image_chw=(1, 28, 28),
+        self, network, n_steps=1000, min_beta=1e-4, max_beta=0.02, device=None, image_chw=None
     ):
         super().__init__()
         known = getattr(network, "n_steps", n_steps)
-        require(1 < n_steps <= known, f"n_steps must be 2 or more, and {known} in the network")
+        require(1 < n_steps <= known, f"n_steps must be from 2 to {known}, not {n_steps}")
         betas = torch.linspace(min_beta, max_beta, n_steps, dtype=torch.float64)
         alphas = 1 - betas
         alpha_bars = alphas.cumprod(0)
@@ -135,9 +129,10 @@ class MyDDPM(nn.Module):
         self.n_steps = n_steps
         self.n_classes = getattr(network, "n_classes", 0)
         self.predicts_v = getattr(network, "predicts_v", False)
-        self.image_chw = tuple(image_chw)  # training sets it to that of its images
+        self.image_chw = tuple(image_chw or (1, 28, 28))  # training sets it to that of its images
         self.mixed_precision = True
         self.flags = {}  # notes that are stored with the weights
+        self.info = {}  # what load_model found in the file
         self.to(device)
 
     @property
@@ -177,10 +172,9 @@ def sinusoidal_embedding(n, d):
 
     embedding[t, 2i] = sin(t / 10000^(2i / d)), embedding[t, 2i + 1] = cos(t / 10000^(2i / d)).
     """
-    t = torch.arange(n, dtype=torch.float64).reshape(n, 1)
-    wk = 10_000 ** (-torch.arange(0, d, 2, dtype=torch.float64) / d)
-    pairs = torch.stack([torch.sin(t * wk), torch.cos(t * wk)], dim=2)
-    return pairs.flatten(1)[:, :d].float()
+    frequencies = 10_000 ** (-torch.arange(0, d, 2, dtype=torch.float64) / d)
+    angles = torch.outer(torch.arange(n), frequencies)
+    return torch.stack([angles.sin(), angles.cos()], dim=2).flatten(1)[:, :d].float()
 
 
 def conv3x3(c_in, c_out):
@@ -298,8 +292,9 @@ def images_and_labels(batch, ddpm):
     floats = x0.ndim == 4 and x0.is_floating_point()
     require(floats, f"images must be floats (n, c, h, w), not {x0.dtype} {tuple(x0.shape)}")
     low, high = x0.aminmax()
+    within = low >= -1.001 and high <= 1.001 and (low < 0 or len(x0) < 8)  # a few may be bright
     text = f"images must use the range from -1 to 1, not {low:.3g} to {high:.3g}"
-    require(-1.001 <= low < 0 and high <= 1.001, f"{text}: 2 * x - 1 if they are from 0 to 1")
+    require(within, f"{text}: 2 * x - 1 if they are from 0 to 1")
     x0 = x0.to(ddpm.device, torch.float32)
     if not rest or not ddpm.n_classes:
         return x0, None
@@ -372,9 +367,8 @@ class Muon(torch.optim.Optimizer):
             for p in group["params"]:
                 if p.grad is None:
                     continue
-                if not self.state[p]:
-                    self.state[p]["mean"] = torch.zeros_like(p)
-                mean = self.state[p]["mean"].lerp_(p.grad, 1 - group["momentum"])
+                mean = self.state[p].setdefault("mean", torch.zeros_like(p))
+                mean.lerp_(p.grad, 1 - group["momentum"])
                 step = p.grad.lerp(mean, group["momentum"])  # Nesterov's way
                 by_shape.setdefault(p.shape, []).append((p, step.flatten(1)))
             for pairs in by_shape.values():
@@ -408,7 +402,7 @@ def train_epoch(ddpm, averaged, loader, optims, epoch, n_epochs):
         averaged.update_parameters(ddpm)
         mean_error += (error - mean_error) / (step + 1)
         yield len(x0), mean_error
-    # A gradient that is not finite makes the weights so for good: once an epoch is soon enough.
+    # Weights that are not finite stay so: to look once an epoch is enough.
     if not all(tensor.isfinite().all() for tensor in [mean_error, *ddpm.parameters()]):
         raise FloatingPointError(f"the loss is not finite in epoch {epoch}: give a lower lr")
 
@@ -437,27 +431,28 @@ def falling_steps(n, highest):
 
 
 @torch.no_grad()
-def reverse_process(ddpm, x, label, guidance, sample_steps, variance, generator=None):
+def reverse_process(ddpm, x, label, guidance, n_steps, variance, generator=None):
     """Yields x_T, the noise x (n, c, h, w) itself, then x after each step back; the last is x_0.
 
     A step from t to an earlier s draws x_s from q(x_s given x_t and x_0), which is eq. 7 of [1]
     with alpha_bar_t / alpha_bar_s in place of alpha_t; with s = t - 1 this is Algorithm 2. Its
-    variance is beta-tilde, or beta with variance=1. With fewer than all steps (`sample_steps`),
-    x_0 is what the straight line through the last two predictions says of the way's middle, over
-    the logarithm of the signal-to-noise ratio [7].
+    variance is beta-tilde, or beta with variance=1. Where steps are left out, x_0 is what the
+    straight line through the last two predictions, over the logarithm of the signal-to-noise
+    ratio, says of the middle between t and s [7].
     """
     alpha_bars = [*ddpm.alpha_bars.tolist(), 1.0]  # the last is that of x_0, at "step" -1
-    steps = falling_steps(min(sample_steps or ddpm.n_steps, ddpm.n_steps), ddpm.n_steps - 1)
+    log_snr = ddpm.alpha_bars.double().logit().tolist()
+    last_t = last_x0 = None
+    was_training = ddpm.training
+    ddpm.eval()
     yield x
-    last_x0 = last_log_snr = None
-    for t, s in itertools.pairwise([*steps, -1]):
-        a_t, a_s = alpha_bars[t], alpha_bars[s]
+    for t, s in itertools.pairwise([*falling_steps(n_steps, ddpm.n_steps - 1), -1]):
         x0 = middle_x0 = predict_x0(ddpm, x, t, label, guidance)
-        log_snr = math.log(a_t / (1 - a_t))
         if s < t - 1 and last_x0 is not None:
-            way = math.log(a_s / (1 - a_s)) - log_snr
-            middle_x0 = x0 + (x0 - last_x0) / (log_snr - last_log_snr) * way / 2
-        last_x0, last_log_snr = x0, log_snr
+            slope = (x0 - last_x0) / (log_snr[t] - log_snr[last_t])
+            middle_x0 = x0 + slope * (log_snr[s] - log_snr[t]) / 2
+        last_t, last_x0 = t, x0
+        a_t, a_s = alpha_bars[t], alpha_bars[s]
         alpha = a_t / a_s
         beta = 1 - alpha
         x = (a_s**0.5 * beta * middle_x0 + alpha**0.5 * (1 - a_s) * x) / (1 - a_t)
@@ -466,6 +461,7 @@ def reverse_process(ddpm, x, label, guidance, sample_steps, variance, generator=
             z = torch.randn(x.shape, generator=generator, device=x.device)
             x = x + (beta if variance == 1 else beta_tilde) ** 0.5 * z
         yield x
+    ddpm.train(was_training)
 
 
 # %% Pictures: one grey scale, -1 is black and 1 is white
@@ -539,14 +535,14 @@ def show_losses(losses, path=None):
     show_figure(figure, path)
 
 
-# %% New images
+# %% Progress
 def say(text):
     """Prints a line above the progress bars; it is seen at once, in a file or a pipe too."""
     tqdm.write(text)
     sys.stdout.flush()
 
 
-class Lines(io.TextIOBase):
+class Lines:
     """Where there is no terminal, what a progress bar writes becomes lines."""
 
     def write(self, text):
@@ -566,6 +562,7 @@ def progress_bar(task, total, unit):
     return bar
 
 
+# %% New images
 def check_drawing(ddpm, n_samples, label, guidance, sample_steps, variance):
     """-> labels (n_samples,) to draw. Raises BadInput for arguments that make no sense."""
     require(isinstance(ddpm, MyDDPM), f"a MyDDPM draws images, not a {type(ddpm).__name__}")
@@ -583,17 +580,6 @@ def check_drawing(ddpm, n_samples, label, guidance, sample_steps, variance):
     whole = not labels.is_floating_point() and labels.min() >= 0
     require(label is None or (whole and labels.max() < n_classes), text)
     return labels
-
-
-def film(xs, n_frames, n_steps, bar):
-    """Of n_steps + 1 images x on their way -> the last one, and pictures of n_frames of them."""
-    shown = falling_steps(max(2, min(n_frames, n_steps + 1)), n_steps)
-    frames = []
-    for left, x in zip(range(n_steps, -1, -1), xs, strict=True):
-        bar.update()
-        if left in shown:
-            frames.append(tile(x[:100]))
-    return x, frames
 
 
 def generate_new_images(
@@ -620,21 +606,21 @@ def generate_new_images(
     device = ddpm.to(device or ddpm.device).device
     chw = [given or own for given, own in zip((c, h, w), ddpm.image_chw, strict=True)]
     n_steps = min(sample_steps or ddpm.n_steps, ddpm.n_steps)
+    shown = falling_steps(max(2, min(frames_per_gif, n_steps + 1)), n_steps)
     generator = torch.Generator(device).manual_seed(SEED)
     noise = torch.randn(n_samples, *chw, generator=generator, device=device)
     bar = progress_bar("Drawing", math.ceil(n_samples / 500) * (n_steps + 1), "steps")
-    was_training = ddpm.training
-    ddpm.eval()
-    images, films = [], []
-    for x, chunk in zip(noise.split(500), labels.to(device).split(500), strict=True):
-        xs = reverse_process(ddpm, x, chunk, guidance, n_steps, variance, generator)
-        x, frames = film(xs, frames_per_gif, n_steps, bar)
+    images, frames = [], []
+    for start, chunk in zip(noise.split(500), labels.to(device).split(500), strict=True):
+        way = reverse_process(ddpm, start, chunk, guidance, n_steps, variance, generator)
+        for left, x in zip(range(n_steps, -1, -1), way, strict=True):
+            if left in shown and not images:
+                frames.append(tile(x[:100]))
+            bar.update()
         images.append(x)
-        films.append(frames)
-    ddpm.train(was_training)
     bar.close()
     if gif_name:
-        write_gif(films[0], gif_name)
+        write_gif(frames, gif_name)
     return torch.cat(images)
 
 
@@ -682,8 +668,16 @@ def load_model(store_path, device=None, network=None):
         remedy = "train first, or load_model(path, network=...) with the network that was trained"
         reason = f"{type(error).__name__}: {str(error)[:300]}"
         raise BadInput(f"{store_path} holds {holds}: {remedy} ({reason})") from None
-    ddpm.info, ddpm.flags, ddpm.image_chw = info, info["flags"], tuple(info["image_chw"])
+    ddpm.info = info | {"path": str(store_path)}
+    ddpm.flags, ddpm.image_chw = info["flags"], tuple(info["image_chw"])
     return ddpm.to(device).eval()
+
+
+def unfinished(ddpm):
+    """-> what load_model found. Raises BadInput unless a training was stopped there."""
+    text = f"{ddpm.info.get('path')} holds no stopped training: draw with --no-train, or train anew"
+    require(ddpm.info.get("training"), text)
+    return ddpm.info
 
 
 def preview(ddpm, title, store_path):
@@ -700,18 +694,18 @@ def training_loop(
 
     `optim` is one optimizer or a list, whose rates rise and fall. After each epoch the averaged
     weights go into `store_path`, and ten images are drawn if `display`; at the end `ddpm` holds
-    these weights. With `resume` a loaded `ddpm` goes on; as randomness depends on torch's seed and
-    the epoch alone, it ends as if never stopped. Raises BadInput; FloatingPointError for the loss.
+    them. A loaded `ddpm` goes on with `resume`, and ends as if never stopped: randomness depends on
+    torch's seed and the epoch alone. Raises BadInput; FloatingPointError for the loss.
     """
     optims = optim if isinstance(optim, list) else [optim]
-    known = all(isinstance(one, torch.optim.Optimizer) for one in optims)
-    require(known, "optim must be an optimizer, as Muon(ddpm.network.parameters()), or a list")
+    for one in optims:
+        require(isinstance(one, torch.optim.Optimizer), f"optim must be an optimizer, not {one}")
     require(Path(store_path).parent.is_dir(), f"there is no folder for {store_path}")
     ddpm.to(device or ddpm.device).train()
     averaged = AveragedModel(ddpm, avg_fn=lambda mean, p, n: mean.lerp(p, 16 / (16 + n)))
     parts, losses, seed = [ddpm, averaged, *optims], [], torch.initial_seed()
     if resume:
-        losses = ddpm.info["losses"]
+        losses = unfinished(ddpm)["losses"]
         for part, state in zip(parts, ddpm.info["training"], strict=True):
             part.load_state_dict(state)
     bar = progress_bar("Training", (n_epochs - len(losses)) * len(loader.dataset), "images")
@@ -728,7 +722,8 @@ def training_loop(
             if display:
                 preview(averaged.module, f"After epoch {epoch}", store_path)
     except KeyboardInterrupt:
-        stored = f"--resume goes on after epoch {len(losses)}" if losses else "nothing was stored"
+        left = f"--resume goes on after epoch {len(losses)}" if losses else "nothing was stored"
+        stored = left if len(losses) < n_epochs else "the training had ended"
         raise KeyboardInterrupt(f"stopped; {stored}") from None
     bar.close()
     ddpm.load_state_dict(averaged.module.state_dict())
@@ -741,10 +736,6 @@ TRAINING = [*SCHEDULE, "SEED", "batch_size", "n_epochs", "n_images", "lr", "mixe
 DRAWING = ["n_samples", "label", "guidance", "sample_steps", "variance"]
 
 
-def dashed(name):
-    return name.lower().replace("_", "-")
-
-
 def read_flags(argv=None):
     """-> Namespace of the flags: those on the command line `argv`, and else those at the top.
 
@@ -753,7 +744,7 @@ def read_flags(argv=None):
     """
     if argv is None:
         argv = sys.argv[1:] if Path(sys.argv[0]).resolve() == FILE else []
-    argv = [re.sub("^--[^=]+", lambda name: dashed(name[0]), word) for word in argv]
+    argv = [re.sub("^--[^=]+", lambda m: m[0].lower().replace("_", "-"), word) for word in argv]
 
     def refuse(message):
         raise BadInput(f"{message} (--help lists the flags)")
@@ -764,30 +755,33 @@ def read_flags(argv=None):
     classes = ", ".join(f"{i} {name}" for i, name in enumerate(FashionMNIST.classes))
     parser = argparse.ArgumentParser(epilog=f"The labels of Fashion-MNIST are {classes}.")
     parser.error = refuse
-    notes = inspect.get_annotations(sys.modules[__name__])
     top = []
-    for name in [name for name in notes if hasattr(notes[name], "__metadata__")]:
-        kind, value, option = notes[name].__origin__, globals()[name], dashed(f"--{name}")
-        text = f"{notes[name].__metadata__[0]} (now {value})".replace("%", "%%")
+    for name, note in FLAGS.items():
+        kind, value, dashed = note.__origin__, globals()[name], name.lower().replace("_", "-")
+        text = f"{note.__metadata__[0]} (now {value})".replace("%", "%%")
         if kind is bool:
-            parser.add_argument(option, dest=name, help=text, type=switch, nargs="?", const=True)
+            how = {"type": switch, "nargs": "?", "const": True}
             off = {"action": "store_false", "default": None, "help": argparse.SUPPRESS}
-            parser.add_argument(dashed(f"--no-{name}"), dest=name, **off)
+            parser.add_argument(f"--no-{dashed}", dest=name, **off)
         else:
-            parser.add_argument(option, dest=name, help=text, type=(get_args(kind) or [kind])[0])
-        top += [] if value is None and get_args(kind) else [f"{option}={value}"]
+            how = {"type": (get_args(kind) or [kind])[0]}
+        parser.add_argument(f"--{dashed}", dest=name, help=text, **how)
+        top += [] if value is None and get_args(kind) else [f"--{dashed}={value}"]
     given = {name for name, value in vars(parser.parse_args(argv)).items() if value is not None}
     return argparse.Namespace(given=given, **vars(parser.parse_args(top + argv)))
 
 
 def make_model(flags, store_path, device):
-    """-> MyDDPM, new, or from the file, whose flags then count. Raises BadInput if others are given."""
+    """-> MyDDPM, new or from the file, whose flags then replace those in `flags`.
+
+    Raises BadInput if a flag that was given differs; `fashion` counts as given, as it names the file.
+    """
     if not flags.no_train and not flags.resume:
         schedule = [flags.n_steps, flags.min_beta, flags.max_beta]
         return MyDDPM(MyUNet(flags.n_steps), *schedule, device)
     ddpm = load_model(store_path, device)
-    text = f"the training of {store_path} has ended: draw with --no-train, or train anew"
-    require(ddpm.info["training"] or not flags.resume, text)
+    if flags.resume:
+        unfinished(ddpm)
     for name in TRAINING if flags.resume else SCHEDULE:
         value, asked = ddpm.flags.get(name, vars(flags)[name]), vars(flags)[name]
         text = f"{store_path} was trained with {name} {value}, not {asked}: leave {name} out"
@@ -810,8 +804,8 @@ def run(flags=None):
     """The whole job with these flags (None: those at the top). Raises what the others raise."""
     flags = flags or read_flags([])
     require(0 <= flags.SEED < 2**32, f"SEED must be from 0 to 2^32 - 1, not {flags.SEED}")
-    for name in ("n_steps", "n_epochs", "n_images", "batch_size"):
-        require(vars(flags)[name] >= 1, f"{name} must be at least 1, not {vars(flags)[name]}")
+    for name, least in {"n_steps": 2, "n_epochs": 1, "n_images": 1, "batch_size": 1}.items():
+        require(vars(flags)[name] >= least, f"{name} must be at least {least}")
     path = Path(flags.out_dir).expanduser() / ("fashion" if flags.fashion else "mnist")
     store_path, device = path.with_suffix(".pt"), find_device(flags.device)
     torch.backends.cudnn.deterministic = True
@@ -845,7 +839,7 @@ def run(flags=None):
 
 def keep_freed_memory():
     """Tells glibc to: where it gives memory back, an eighth of a training step goes to fetching it."""
-    with suppress(OSError):  # another system
+    with suppress(OSError, AttributeError):  # another system
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD

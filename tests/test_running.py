@@ -58,11 +58,13 @@ def test_a_run_writes_weights_and_pictures(whole_run):
 
 
 def test_the_first_batch_is_one_of_the_images_asked_for(whole_run, digits):
+    """Up to a grey level, which the picture's own colours may cost."""
     grid = grid_of(whole_run / "out" / "mnist_first_batch.png", (290, 290))
     cells = grid.reshape(10, 29, 10, 29)[:, :28, :, :28].transpose(0, 2, 1, 3).reshape(100, 784)
-    known = ((digits.tensors[0][:200] + 1) * 127.5).round().byte().flatten(1).numpy()
-    found = {cell.tobytes() for cell in cells}
-    assert len(found) == 100 and found <= {image.tobytes() for image in known}
+    known = ((digits.tensors[0][:200, 0] + 1) * 127.5).flatten(1)
+    distances = torch.cdist(torch.from_numpy(cells).float(), known, p=torch.inf)
+    nearest, which = distances.min(1)
+    assert nearest.max() <= 1.5 and len(which.unique()) == 100
 
 
 def test_a_run_says_what_it_does(whole_run):
