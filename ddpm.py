@@ -49,9 +49,9 @@ from einops import rearrange
 from torch import nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel
-from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 from torchvision.datasets import MNIST, FashionMNIST
-from torchvision.datasets.utils import check_integrity
+from torchvision.datasets.utils import download_url
 from tqdm.auto import tqdm
 
 FILE = Path(globals().get("__file__", "notebook")).resolve()
@@ -139,21 +139,28 @@ class MyDDPM(nn.Module):
     def device(self):
         return self.betas.device
 
+    def as_steps(self, t, n):
+        """t (n,), (n, 1) or one number -> steps (n,). Raises BadInput outside of the schedule."""
+        t = torch.as_tensor(t, device=self.device).flatten().expand(n)
+        within = t.min() >= 0 and t.max() < self.n_steps
+        require(within, f"steps t must be from 0 to {self.n_steps - 1}")
+        return t
+
     def forward(self, x0, t, eta=None):
-        """x0 (n, c, h, w) in [-1, 1], t (n,) -> x_t (n, c, h, w), in one jump: eq. 4 of [1].
+        """x0 (n, c, h, w) in [-1, 1], t as in as_steps -> x_t (n, c, h, w), by eq. 4 of [1].
 
         `eta` (n, c, h, w) is the standard normal noise to add; None draws it.
         """
         eta = torch.randn_like(x0) if eta is None else eta
-        alpha_bar = self.alpha_bars[torch.as_tensor(t, device=self.device)].reshape(-1, 1, 1, 1)
+        alpha_bar = self.alpha_bars[self.as_steps(t, len(x0))].reshape(-1, 1, 1, 1)
         return alpha_bar.sqrt() * x0 + (1 - alpha_bar).sqrt() * eta
 
     def backward(self, x, t, label=None):
-        """x_t (n, c, h, w), t (n,), (n, 1) or a number -> eta_theta (n, c, h, w), the noise in x_t.
+        """x_t (n, c, h, w), t as in as_steps -> eta_theta (n, c, h, w), the noise found in x_t.
 
         `label` (n,) holds classes; n_classes, or None for all, stands for no label.
         """
-        t = torch.as_tensor(t, device=x.device).flatten().expand(len(x))
+        t = self.as_steps(t, len(x))
         labels = [] if label is None or not self.n_classes else [label]
         fast = self.mixed_precision and multiplies_bf16(x.device)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=fast):
@@ -247,39 +254,24 @@ class MyUNet(nn.Module):
 
 
 # %% Data: images and labels, and the one door through which a training takes them
-def load_data(fashion=False, train=True, data_dir=FILE.parent / "datasets", device=None):
+def load_data(fashion=False, train=True, data_dir=FILE.parent / "datasets"):
     """-> TensorDataset of images (n, 1, 28, 28) in [-1, 1] and labels (n,) from 0 to 9.
 
-    n is 60,000, or 10,000 with train=False. Archives in `data_dir` are read as they are; if they
-    are missing, torchvision downloads them. Raises BadInput if that fails, or one is damaged.
+    n is 60,000, or 10,000 with train=False. Archives in `data_dir` are read as they are; those
+    that are missing or damaged are downloaded. Raises BadInput if that fails.
     """
     source = FashionMNIST if fashion else MNIST
     folder = Path(data_dir).expanduser() / source.__name__ / "raw"
     contents = []
     for name, md5 in source.resources[:2] if train else source.resources[2:]:
         try:
-            if not (folder / name).exists():
-                source(folder.parent.parent, download=True)
+            download_url(source.mirrors[0] + name, folder, name, md5)  # unless it is there, whole
         except (OSError, RuntimeError) as error:
-            raise BadInput(f"{folder} needs {name}, not to be had from the net: {error}") from None
-        damaged = f"{folder / name} is not as published: delete it, or put the original there"
-        require(check_integrity(folder / name, md5), damaged)
+            raise BadInput(f"put {name} as published into {folder}: {error}") from None
         contents.append(bytearray(gzip.decompress((folder / name).read_bytes())))
     images = torch.frombuffer(contents[0], dtype=torch.uint8, offset=16).reshape(-1, 1, 28, 28)
     labels = torch.frombuffer(contents[1], dtype=torch.uint8, offset=8)
-    return TensorDataset(images.to(device) / 127.5 - 1, labels.to(device).long())
-
-
-def batches(dataset, batch_size):
-    """-> DataLoader of [x0, label] in a new random order each time; the last may be smaller."""
-    require(batch_size >= 1, f"batch_size must be at least 1, not {batch_size}")
-    if not isinstance(dataset, TensorDataset):
-        image = dataset[0][0] if isinstance(dataset[0], (tuple, list)) else dataset[0]
-        text = f"images must be tensors, not {type(image).__name__}: the data set needs a transform"
-        require(isinstance(image, torch.Tensor), text)
-        return DataLoader(dataset, batch_size, shuffle=True)
-    sampler = BatchSampler(RandomSampler(dataset), batch_size, drop_last=False)
-    return DataLoader(dataset, sampler=sampler, batch_size=None)  # a batch is one indexing
+    return TensorDataset(images / 127.5 - 1, labels.long())
 
 
 def images_and_labels(batch, ddpm):
@@ -330,21 +322,14 @@ def denoising_loss(ddpm, x0, label=None):
 
 
 def orthogonalize(matrices):
-    """Matrices (k, n, m) -> the like with all singular values pulled near 1: Newton-Schulz [6].
-
-    x becomes (a + b x x^T + c (x x^T)^2) x, three times; that needs only the small x x^T.
-    """
+    """Matrices (k, n, m) -> the like with all singular values pulled near 1: Newton-Schulz [6]."""
     if matrices.shape[1] > matrices.shape[2]:
         return orthogonalize(matrices.mT).mT
-    a, b, c = 3.4445, -4.7750, 2.0315
     x = matrices / matrices.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
-    gram = x @ x.mT
-    product = identity = torch.eye(x.shape[1], device=x.device)
     for _ in range(3):
-        factor = a * identity + b * gram + c * gram @ gram
-        gram = factor @ gram @ factor
-        product = factor @ product
-    return product @ x
+        gram = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return x
 
 
 class Muon(torch.optim.Optimizer):
@@ -379,7 +364,7 @@ class Muon(torch.optim.Optimizer):
                     p.sub_(size * step.view_as(p))
 
 
-def train_epoch(ddpm, averaged, loader, optims, epoch, n_epochs):
+def train_epoch(ddpm, averaged, loader, optim, epoch, n_epochs):
     """One pass over the data: updates the model, and `averaged`, an AveragedModel of it.
 
     Yields after each step the number of images in it, and the mean squared error of the noise in
@@ -395,10 +380,9 @@ def train_epoch(ddpm, averaged, loader, optims, epoch, n_epochs):
         # Up to the full rate in a twentieth of the training, then straight down to 0.
         progress = (epoch - 1 + (step + 0.5) / len(loader)) / n_epochs
         factor = min(20 * progress, 1 - progress)
-        for optim in optims:
-            for group in optim.param_groups:
-                group["lr"] = factor * group.setdefault("initial_lr", group["lr"])
-            optim.step()
+        for group in optim.param_groups:
+            group["lr"] = factor * group.setdefault("initial_lr", group["lr"])
+        optim.step()
         averaged.update_parameters(ddpm)
         mean_error += (error - mean_error) / (step + 1)
         yield len(x0), mean_error
@@ -656,7 +640,7 @@ def load_model(store_path, device=None, network=None):
     `network` takes the weights if they are not those of MyUNet. Raises BadInput if the file is
     missing, damaged, holds code, or doesn't fit the network.
     """
-    holds = "nothing that can be read"
+    holds = "nothing that ddpm.py stored"
     try:
         with zipfile.ZipFile(store_path) as archive:
             require(not archive.testzip(), "a wrong checksum")  # torch.load doesn't look at them
@@ -692,18 +676,17 @@ def training_loop(
 ):
     """Algorithm 1 of [1] on batches [x0, label] or [x0] of `loader`. -> mean error of each epoch.
 
-    `optim` is one optimizer or a list, whose rates rise and fall. After each epoch the averaged
-    weights go into `store_path`, and ten images are drawn if `display`; at the end `ddpm` holds
-    them. A loaded `ddpm` goes on with `resume`, and ends as if never stopped: randomness depends on
-    torch's seed and the epoch alone. Raises BadInput; FloatingPointError for the loss.
+    The rate of `optim` rises and falls. After each epoch the averaged weights go into `store_path`,
+    and ten images are drawn if `display`; at the end `ddpm` holds them. A loaded `ddpm` goes on
+    with `resume`, and ends as if never stopped: randomness depends on torch's seed and the epoch
+    alone. Raises BadInput, and FloatingPointError if the loss is not finite.
     """
-    optims = optim if isinstance(optim, list) else [optim]
-    for one in optims:
-        require(isinstance(one, torch.optim.Optimizer), f"optim must be an optimizer, not {one}")
+    require(isinstance(optim, torch.optim.Optimizer), f"optim must be an optimizer, not {optim}")
     require(Path(store_path).parent.is_dir(), f"there is no folder for {store_path}")
     ddpm.to(device or ddpm.device).train()
+    # The mean of about the last sixteenth of all steps, however many there are.
     averaged = AveragedModel(ddpm, avg_fn=lambda mean, p, n: mean.lerp(p, 16 / (16 + n)))
-    parts, losses, seed = [ddpm, averaged, *optims], [], torch.initial_seed()
+    parts, losses, seed = [ddpm, averaged, optim], [], torch.initial_seed()
     if resume:
         losses = unfinished(ddpm)["losses"]
         for part, state in zip(parts, ddpm.info["training"], strict=True):
@@ -712,7 +695,7 @@ def training_loop(
     try:
         for epoch in range(len(losses) + 1, n_epochs + 1):
             torch.manual_seed((1_000_003 * seed + epoch) % 2**63)
-            for n, error in train_epoch(ddpm, averaged, loader, optims, epoch, n_epochs):
+            for n, error in train_epoch(ddpm, averaged, loader, optim, epoch, n_epochs):
                 bar.set_postfix_str(f"epoch {epoch}/{n_epochs}, loss {error:.3f}", refresh=False)
                 bar.update(n)
             training = None if epoch == n_epochs else [part.state_dict() for part in parts]
@@ -755,7 +738,7 @@ def read_flags(argv=None):
     classes = ", ".join(f"{i} {name}" for i, name in enumerate(FashionMNIST.classes))
     parser = argparse.ArgumentParser(epilog=f"The labels of Fashion-MNIST are {classes}.")
     parser.error = refuse
-    top = []
+    top = []  # the values at the top, as words: they are parsed and checked like those given
     for name, note in FLAGS.items():
         kind, value, dashed = note.__origin__, globals()[name], name.lower().replace("_", "-")
         text = f"{note.__metadata__[0]} (now {value})".replace("%", "%%")
@@ -818,16 +801,16 @@ def run(flags=None):
     say(f"Parameters: {sum(p.numel() for p in ddpm.network.parameters()):,}")
     say(f"Schedule: {ddpm.n_steps} steps, beta from {ddpm.betas[0]:g} to {ddpm.betas[-1]:g}")
     if not flags.no_train:
-        dataset = load_data(flags.fashion, data_dir=flags.data_dir, device=device)
-        loader = batches(TensorDataset(*dataset[: flags.n_images]), flags.batch_size)
+        dataset = load_data(flags.fashion, data_dir=flags.data_dir)
+        dataset = TensorDataset(*dataset[: flags.n_images])
+        loader = DataLoader(dataset, flags.batch_size, shuffle=True)
         optim = Muon(ddpm.network.parameters(), flags.lr)
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.manual_seed(flags.SEED)
+        torch.manual_seed(flags.SEED)  # again: with resume it is that of the file
         show_first_batch(loader, f"{path}_first_batch.png")
         show_forward(ddpm, loader, device, f"{path}_forward.png")
         ddpm.flags = {name: vars(flags)[name] for name in TRAINING}
         how = {"store_path": store_path, "resume": flags.resume}
-        torch.manual_seed(flags.SEED)
         losses = training_loop(ddpm, loader, flags.n_epochs, optim, device, flags.display, **how)
         show_losses(losses, f"{path}_loss.png")
     images = generate_new_images(ddpm, gif_name=f"{path}.gif", SEED=flags.SEED, **drawing)

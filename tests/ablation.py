@@ -23,7 +23,7 @@ import matplotlib.pyplot as plt
 import torch
 from quality import DEVICE, Judge, clock, ddpm, draw, features, frechet
 from torch.optim.swa_utils import AveragedModel
-from torch.utils.data import TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
 
 def denoising_loss(model, x0, label=None, density=True, parts=True, power=0.5):
@@ -133,10 +133,10 @@ def train(
     torch.manual_seed(seed)
     model = ddpm.MyDDPM(network(), device=DEVICE)
     averaged = AveragedModel(model, avg_fn=lambda mean, p, n: mean.lerp(p, 16 / (16 + n)))
-    loader = TimedLoader(ddpm.batches(dataset, batch_size), seconds)
-    optims = [optimizer(model.network.parameters(), lr)]
+    loader = TimedLoader(DataLoader(dataset, batch_size, shuffle=True), seconds)
+    optim = optimizer(model.network.parameters(), lr)
     with mock.patch.object(ddpm, "denoising_loss", loss):
-        n_images = sum(n for n, _ in ddpm.train_epoch(model, averaged, loader, optims, 1, 1))
+        n_images = sum(n for n, _ in ddpm.train_epoch(model, averaged, loader, optim, 1, 1))
     return averaged.module if averages else model, model, n_images
 
 
@@ -152,9 +152,9 @@ class Table:
         judge = Judge(fashion, args.n, learn=False)
         self.net, self.balanced = judge.net, judge.test_feats
         self.natural = features(judge.net, judge.test)
-        dataset = ddpm.load_data(fashion, device=DEVICE)
+        dataset = ddpm.load_data(fashion)
         order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))
-        self.held_out = dataset[order[:5000]]
+        self.held_out = [part.to(DEVICE) for part in dataset[order[:5000]]]
         self.dataset = TensorDataset(*dataset[order[5000:]])
         print(f"\n{first:34}" + "".join(f"{name:>11}" for name in COLUMNS))
 

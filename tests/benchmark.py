@@ -50,8 +50,8 @@ def training(n):
     """-> what train_epoch takes, with n images in an epoch."""
     model = new_model()
     averaged = AveragedModel(model, avg_fn=lambda mean, p, n: mean.lerp(p, 16 / (16 + n)))
-    loader = ddpm.batches(TensorDataset(*ddpm.load_data(device=DEVICE)[:n]), ddpm.batch_size)
-    return model, averaged, loader, [ddpm.Muon(model.network.parameters(), ddpm.lr)], 1, 1
+    loader = DataLoader(TensorDataset(*ddpm.load_data()[:n]), ddpm.batch_size, shuffle=True)
+    return model, averaged, loader, ddpm.Muon(model.network.parameters(), ddpm.lr), 1, 1
 
 
 def step_parts(n):

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageSequence
-from torch.utils.data import TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
 import ddpm
 
@@ -41,7 +41,8 @@ def train(digits, tmp_path):
     def train(n_epochs=1, network=None, dataset=None, optim=None, **how):
         torch.manual_seed(0)
         model = ddpm.MyDDPM(network or ddpm.MyUNet())
-        loader = ddpm.batches(dataset or TensorDataset(*digits[:1000]), 50)
+        dataset = dataset or TensorDataset(*digits[:1000])
+        loader = DataLoader(dataset, 50, shuffle=True)
         optim = optim or ddpm.Muon(model.network.parameters(), 0.02)
         path = tmp_path / "weights.pt"
         losses = ddpm.training_loop(model, loader, n_epochs, optim, store_path=path, **how)

@@ -1,14 +1,10 @@
-"""Archives of images and labels, and batches of data sets of other kinds."""
+"""The archives of images and labels."""
 
 import gzip
 import shutil
 
 import pytest
-import torch
 from conftest import ROOT, change_a_bit
-from torch.utils.data import ConcatDataset, Subset
-from torchvision.datasets import FakeData
-from torchvision.transforms import Compose, Normalize, ToTensor
 
 import ddpm
 
@@ -46,23 +42,3 @@ def test_bad_archives(harm, data_dir):
     HARM[harm](archive)
     with pytest.raises(ddpm.BadInput, match=archive.name):
         ddpm.load_data(data_dir=data_dir)
-
-
-FAKES = FakeData(7, (3, 28, 28), transform=Compose([ToTensor(), Normalize(0.5, 0.5)]))
-
-
-@pytest.mark.parametrize(
-    "dataset", [FAKES, Subset(FAKES, range(1, 6)), ConcatDataset([FAKES, FAKES])]
-)
-def test_batches_of_other_data_sets(dataset):
-    """They hold each image once."""
-    parts = [x0 for x0, _ in ddpm.batches(dataset, 3)]
-    assert len(parts) == -(-len(dataset) // 3)
-    expected = torch.stack([image.sum() for image, _ in dataset]).sort().values
-    found = torch.cat(parts).sum((1, 2, 3)).sort().values
-    torch.testing.assert_close(found, expected, atol=0.1, rtol=0)
-
-
-def test_images_need_a_transform():
-    with pytest.raises(ddpm.BadInput, match="transform"):
-        ddpm.batches(FakeData(3, (3, 28, 28)), 3)

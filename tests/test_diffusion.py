@@ -70,6 +70,14 @@ def test_forward_is_the_closed_form(images):
     assert abs(noisy.mean()) < 0.02 and abs(noisy.std() - 1) < 0.02
 
 
+@pytest.mark.parametrize("t", [-1, 1000, [5] * 99 + [1000]])
+def test_steps_outside_of_the_schedule_are_refused(t, images):
+    model = ddpm.MyDDPM(Product())
+    for process in (model.forward, model.backward):
+        with pytest.raises(ddpm.BadInput, match="0 to 999"):
+            process(images, t)
+
+
 def test_a_plain_network_predicts_the_noise(images):
     model = ddpm.MyDDPM(Product())
     expected = images * STEPS.view(-1, 1, 1, 1)

@@ -75,17 +75,6 @@ def test_data_are_images_and_labels(digits):
     assert test_labels.bincount().tolist() == [1000] * 10
 
 
-def test_batches_hold_each_image_once_in_new_order(digits):
-    """Each with its label."""
-    loader = ddpm.batches(TensorDataset(torch.arange(2000), digits.tensors[1]), 300)
-    rounds = [[torch.cat(column) for column in zip(*loader, strict=True)] for _ in range(2)]
-    assert [len(x0) for x0, _ in loader] == [300] * 6 + [200]
-    assert not torch.equal(rounds[0][0], rounds[1][0])
-    for numbers, labels in rounds:
-        assert torch.equal(numbers.sort().values, torch.arange(2000))
-        assert torch.equal(labels, digits.tensors[1][numbers])
-
-
 def test_steps_are_drawn_by_their_density_and_a_tenth_of_the_labels_is_dropped():
     """One t in each of n parts of the range: no share of the steps is off by more than one."""
     network, roots, labels = Recorder(), np.sqrt(BARS), torch.arange(200_000) % 10
@@ -152,7 +141,8 @@ def test_muon_refuses_vectors_and_rates(shape, lr):
 def test_each_step_of_the_training(n_epochs, train, monkeypatch):
     """Rates rise and fall; they and the gradients move the weights; the average follows."""
     network, rates, weights, errors = Constant(), [], [], []
-    optims = [torch.optim.SGD([network.noise], 0.1), torch.optim.Adam([network.other], 1e-3)]
+    groups = [{"params": [network.noise]}, {"params": [network.other], "lr": 1e-3}]
+    optim = torch.optim.SGD(groups, 0.1)
     denoising_loss = ddpm.denoising_loss
 
     def loss_that_is_kept(*arguments):
@@ -162,12 +152,12 @@ def test_each_step_of_the_training(n_epochs, train, monkeypatch):
         return loss, error
 
     def keep(*_):
-        rates.append([optim.param_groups[0]["lr"] for optim in optims])
+        rates.append([group["lr"] for group in optim.param_groups])
         weights.append(network.noise.item())
 
     monkeypatch.setattr(ddpm, "denoising_loss", loss_that_is_kept)
-    optims[1].register_step_post_hook(keep)
-    _, losses, path = train(n_epochs, network, optim=optims)
+    optim.register_step_post_hook(keep)
+    _, losses, path = train(n_epochs, network, optim=optim)
     passed = (np.arange(20 * n_epochs) + 0.5) / 20 / n_epochs
     factors = np.minimum(passed / 0.05, 1 - passed)
     np.testing.assert_allclose(rates, np.outer(factors, [0.1, 1e-3]), rtol=1e-6)
@@ -190,7 +180,7 @@ def test_it_learns_and_is_reproducible(train, digits):
 @pytest.mark.parametrize("labelled", [True, False])
 @pytest.mark.parametrize("network", [Usual, ddpm.MyUNet])
 def test_any_network_learns_and_draws(network, labelled, digits, tmp_path):
-    """The report's loader yields lists [x0, label], or only [x0]; it has one optimizer."""
+    """The report's loader yields lists [x0, label], or only [x0]."""
     data = digits[:100] if labelled else digits[:100][:1]
     model, path = ddpm.MyDDPM(network()), tmp_path / "a.pt"
     before = [p.clone() for p in model.parameters()]
@@ -204,12 +194,11 @@ def test_any_network_learns_and_draws(network, labelled, digits, tmp_path):
     assert torch.equal(one, two) and one.std() > 0
 
 
-@pytest.mark.parametrize("batches", [DataLoader, ddpm.batches])
-def test_a_data_set_of_bare_images(batches, images, tmp_path):
+def test_a_data_set_of_bare_images(images, tmp_path):
     """Every image of a batch counts, not only the first; doubles do; their size is remembered."""
     network, path = Constant(), tmp_path / "a.pt"
     model = ddpm.MyDDPM(network)
-    loader = batches(list(images.double().reshape(25, 4, 14, 56)), 10)
+    loader = DataLoader(list(images.double().reshape(25, 4, 14, 56)), 10)
     ddpm.training_loop(model, loader, 1, torch.optim.SGD(network.parameters()), store_path=path)
     assert network.n_images == 25
     loaded = ddpm.load_model(path, network=network)
@@ -239,7 +228,7 @@ def test_what_is_no_image_or_no_class_is_refused(change, reason, train, digits):
         train(dataset=TensorDataset(*change(*digits[:50])))
 
 
-@pytest.mark.parametrize("optim", [torch.optim.Adam, [ddpm.Muon]])
+@pytest.mark.parametrize("optim", [torch.optim.Adam, "adam"])
 def test_what_is_no_optimizer_is_refused(optim, train):
     with pytest.raises(ddpm.BadInput, match="optimizer"):
         train(optim=optim)
