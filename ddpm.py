@@ -54,6 +54,7 @@ from torchvision.datasets import MNIST, FashionMNIST
 from torchvision.datasets.utils import download_url
 from tqdm.auto import tqdm
 
+# A notebook has no file; its folder is the working one.
 FILE = Path(globals().get("__file__", "notebook")).resolve()
 
 # %% Flags: change one here, in a notebook, or on the command line: n_epochs = 5 is --n-epochs 5
@@ -112,8 +113,8 @@ class MyDDPM(nn.Module):
         self, network, n_steps=1000, min_beta=1e-4, max_beta=0.02, device=None, image_chw=None
     ):
         super().__init__()
-        known = getattr(network, "n_steps", n_steps)
-        require(1 < n_steps <= known, f"n_steps must be from 2 to {known}, not {n_steps}")
+        most = getattr(network, "n_steps", n_steps)
+        require(1 < n_steps <= most, f"n_steps must be from 2 to {most}, not {n_steps}")
         betas = torch.linspace(min_beta, max_beta, n_steps, dtype=torch.float64)
         alphas = 1 - betas
         alpha_bars = alphas.cumprod(0)
@@ -292,8 +293,8 @@ def images_and_labels(batch, ddpm):
         return x0, None
     label = torch.as_tensor(rest[0], device=ddpm.device)
     whole = label.shape == x0.shape[:1] and not label.is_floating_point()
-    known = whole and label.min() >= 0 and label.max() < ddpm.n_classes
-    require(known, f"labels must be {len(x0)} whole numbers from 0 to {ddpm.n_classes - 1}")
+    classes = whole and label.min() >= 0 and label.max() < ddpm.n_classes
+    require(classes, f"labels must be {len(x0)} whole numbers from 0 to {ddpm.n_classes - 1}")
     return x0, label.long()
 
 
@@ -404,7 +405,7 @@ def predict_x0(ddpm, x, t, label=None, guidance=1.0):
     if guidance != 1 and label is not None and ddpm.n_classes:
         without_label = ddpm.backward(x, t)
         eta_theta = without_label + guidance * (eta_theta - without_label)
-    alpha_bar = ddpm.alpha_bars[t]
+    alpha_bar = ddpm.alpha_bars[t]  # what follows is eq. 4 solved for x_0
     return ((x - (1 - alpha_bar).sqrt() * eta_theta) / alpha_bar.sqrt()).clamp(-1, 1)
 
 
@@ -515,6 +516,7 @@ def show_losses(losses, path=None):
     figure, axes = plt.subplots(figsize=(7, 4))
     axes.plot(range(1, len(losses) + 1), losses, marker=".")
     axes.set(xlabel="epoch", ylabel="mean squared error of the noise", title="Training loss")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)
     show_figure(figure, path)
 
@@ -743,12 +745,12 @@ def read_flags(argv=None):
         kind, value, dashed = note.__origin__, globals()[name], name.lower().replace("_", "-")
         text = f"{note.__metadata__[0]} (now {value})".replace("%", "%%")
         if kind is bool:
-            how = {"type": switch, "nargs": "?", "const": True}
+            parsing = {"type": switch, "nargs": "?", "const": True}
             off = {"action": "store_false", "default": None, "help": argparse.SUPPRESS}
             parser.add_argument(f"--no-{dashed}", dest=name, **off)
         else:
-            how = {"type": (get_args(kind) or [kind])[0]}
-        parser.add_argument(f"--{dashed}", dest=name, help=text, **how)
+            parsing = {"type": (get_args(kind) or [kind])[0]}  # of int | None: int
+        parser.add_argument(f"--{dashed}", dest=name, help=text, **parsing)
         top += [] if value is None and get_args(kind) else [f"--{dashed}={value}"]
     given = {name for name, value in vars(parser.parse_args(argv)).items() if value is not None}
     return argparse.Namespace(given=given, **vars(parser.parse_args(top + argv)))
@@ -784,7 +786,7 @@ def find_device(name=None):
 
 
 def run(flags=None):
-    """The whole job with these flags (None: those at the top). Raises what the others raise."""
+    """The whole job with these flags (None: those at the top). Raises what main catches."""
     flags = flags or read_flags([])
     require(0 <= flags.SEED < 2**32, f"SEED must be from 0 to 2^32 - 1, not {flags.SEED}")
     for name, least in {"n_steps": 2, "n_epochs": 1, "n_images": 1, "batch_size": 1}.items():
