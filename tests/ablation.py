@@ -3,6 +3,7 @@
     python tests/ablation.py                           the recipe, and with one thing taken out
     python tests/ablation.py mnist --minutes 8         one data set, and longer trainings
     python tests/ablation.py --curve 10 30 60 120      the recipe in so many seconds, and a picture
+    python tests/ablation.py --guidance 0 1 2 4        only a picture: the same noise, guided so
 
 Each row is a training of its own, from the same seed and of the same seconds on this machine:
 whatever makes a step slower has fewer steps. The learning rate rises and falls over just these
@@ -21,7 +22,7 @@ from unittest import mock
 
 import matplotlib.pyplot as plt
 import torch
-from quality import DEVICE, Judge, clock, ddpm, draw, features, frechet
+from quality import DEVICE, ROOT, Judge, clock, ddpm, draw, features, frechet
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -225,7 +226,6 @@ def ablate(fashion, args):
 
 def curves(args):
     """Prints the table of the recipe in so many seconds, and draws all sets into one picture."""
-    args.out_dir.mkdir(parents=True, exist_ok=True)
     figure, axes = plt.subplots(figsize=(7, 5))
     for name in args.sets:
         table = Table(name == "fashion", args, "seconds of training")
@@ -242,18 +242,36 @@ def curves(args):
     ddpm.show_figure(figure, args.out_dir / "curve.png")
 
 
+def guided_picture(args):
+    """Draws ten images of each set, a row for each guidance, by the weights in outputs/."""
+    rows = []
+    models = [ddpm.load_model(ROOT / "outputs" / f"{name}.pt", DEVICE) for name in args.sets]
+    for guidance in args.guidance:
+        how = {"guidance": guidance, "sample_steps": 50, "gif_name": None, "SEED": args.seed}
+        rows += [ddpm.generate_new_images(model, 10, **how) for model in models]
+    title = (
+        f"Guidance {', '.join(f'{guidance:g}' for guidance in args.guidance)}, from top to bottom"
+    )
+    ddpm.show_images(torch.cat(rows), title, args.out_dir / "guidance.png", 10 * len(models))
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Measure what each idea is worth, each minute.")
     parser.add_argument("sets", nargs="*", default=["mnist", "fashion"], help="mnist, fashion")
     parser.add_argument("--minutes", type=float, default=4, help="of each training (%(default)s)")
     parser.add_argument("--curve", type=float, nargs="+", help="seconds of each training")
+    parser.add_argument("--guidance", type=float, nargs="+", help="draw a picture of these")
     parser.add_argument("--n", type=int, default=2000, help="images for each FID* (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of training, drawing (%(default)s)")
     parser.add_argument("--no-full-chain", action="store_true", help="leave it out: it takes long")
-    parser.add_argument("--out-dir", type=Path, default=ddpm.out_dir, help="folder of curve.png")
+    parser.add_argument("--out-dir", type=Path, default=Path(ddpm.out_dir), help="of the pictures")
     args = parser.parse_args(argv)
     if not set(args.sets) <= {"mnist", "fashion"}:
         parser.error("the sets are mnist and fashion")
+    args.out_dir.mkdir(parents=True, exist_ok=True)
+    if args.guidance:
+        guided_picture(args)
+        return
     check_loss()
     if args.curve:
         curves(args)
