@@ -132,7 +132,7 @@ class MyDDPM(nn.Module):
         self.predicts_v = getattr(network, "predicts_v", False)
         self.image_chw = tuple(image_chw or (1, 28, 28))  # training sets it to that of its images
         self.mixed_precision = True
-        self.flags = {}  # notes that are stored with the weights
+        self.flags = {}  # those of its training, stored with the weights
         self.info = {}  # what load_model found in the file
         self.to(device)
 
@@ -157,7 +157,7 @@ class MyDDPM(nn.Module):
         return alpha_bar.sqrt() * x0 + (1 - alpha_bar).sqrt() * eta
 
     def backward(self, x, t, label=None):
-        """x_t (n, c, h, w), t as in as_steps -> eta_theta (n, c, h, w), the noise found in x_t.
+        """x_t (n, c, h, w), t as in as_steps -> eta_theta (n, c, h, w), the noise it sees in x_t.
 
         `label` (n,) holds classes; n_classes, or None for all, stands for no label.
         """
@@ -168,8 +168,8 @@ class MyDDPM(nn.Module):
             prediction = self.network(x, t, *labels).float()
         if not self.predicts_v:
             return prediction
-        # v = sqrt(alpha_bar) eta - sqrt(1 - alpha_bar) x0. Late steps are nearly all noise: there
-        # x itself is the prediction, and v corrects it.
+        # v = sqrt(alpha_bar) eta - sqrt(1 - alpha_bar) x0. Where x is nearly all noise, x itself is
+        # the prediction, and v corrects it.
         alpha_bar = self.alpha_bars[t].reshape(-1, 1, 1, 1)
         return (1 - alpha_bar).sqrt() * x + alpha_bar.sqrt() * prediction
 
@@ -285,7 +285,8 @@ def images_and_labels(batch, ddpm):
     floats = x0.ndim == 4 and x0.is_floating_point()
     require(floats, f"images must be floats (n, c, h, w), not {x0.dtype} {tuple(x0.shape)}")
     low, high = x0.aminmax()
-    within = low >= -1.001 and high <= 1.001 and (low < 0 or len(x0) < 8)  # a few may be bright
+    # Eight or more without a dark pixel are surely from 0 to 1.
+    within = low >= -1.001 and high <= 1.001 and (low < 0 or len(x0) < 8)
     text = f"images must use the range from -1 to 1, not {low:.3g} to {high:.3g}"
     require(within, f"{text}: 2 * x - 1 if they are from 0 to 1")
     x0 = x0.to(ddpm.device, torch.float32)
@@ -300,11 +301,12 @@ def images_and_labels(batch, ddpm):
 
 # %% Training: predict the noise
 def denoising_loss(ddpm, x0, label=None):
-    """Algorithm 1 of [1] up to its gradient. -> loss to minimize, mean squared error of the noise.
+    """Algorithm 1 of [1] up to its gradient. -> loss to minimize, and the error to print.
 
-    x0 is (n, c, h, w) in [-1, 1], label (n,) or None. The squared error of the noise is alpha_bar
-    times that of v. By itself it would neglect late steps, where the shape of an image is decided;
-    v's would neglect early ones, where its details are. Halfway between them is the error of v at
+    x0 is (n, c, h, w) in [-1, 1], label (n,) or None. The error is the mean square of the noise's,
+    over all steps alike, and also the loss if the network predicts the noise. It is alpha_bar times
+    that of v. By itself it neglects noisy steps, where the shape of an image is decided; v's
+    neglects nearly clean ones, where its details are. Halfway between them is the error of v at
     steps t that are drawn in proportion to sqrt(alpha_bar).
     """
     n, device = len(x0), x0.device
@@ -318,7 +320,7 @@ def denoising_loss(ddpm, x0, label=None):
         label = label.masked_fill(torch.rand(n, device=device) < 0.1, ddpm.n_classes)
     eta_theta = ddpm.backward(ddpm(x0, t, eta), t, label)
     errors = (eta_theta - eta).square().mean((1, 2, 3))
-    loss = (errors / ddpm.alpha_bars[t] if ddpm.predicts_v else errors).mean()
+    loss = (errors / (ddpm.alpha_bars if ddpm.predicts_v else density)[t]).mean()
     return loss, (errors.detach() / density[t]).mean()
 
 
@@ -366,7 +368,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def train_epoch(ddpm, averaged, loader, optim, epoch, n_epochs):
-    """One pass over the data: updates the model, and `averaged`, an AveragedModel of it.
+    """One pass over the data: updates the model, and the running mean of it, `averaged`.
 
     Yields after each step the number of images in it, and the mean squared error of the noise in
     the epoch so far. Raises FloatingPointError if the weights are not finite at the end.
@@ -374,11 +376,13 @@ def train_epoch(ddpm, averaged, loader, optim, epoch, n_epochs):
     mean_error = torch.zeros((), device=ddpm.device)
     for step, batch in enumerate(loader):
         x0, label = images_and_labels(batch, ddpm)
-        ddpm.image_chw = averaged.module.image_chw = tuple(x0.shape[1:])
+        for model in (ddpm, averaged.module):
+            model.image_chw = tuple(x0.shape[1:])
+            model.n_classes = 0 if label is None else model.n_classes
         loss, error = denoising_loss(ddpm, x0, label)
         ddpm.zero_grad()
         loss.backward()
-        # Up to the full rate in a twentieth of the training, then straight down to 0.
+        # Up to nearly the full rate in a twentieth of the training, then straight down to 0.
         progress = (epoch - 1 + (step + 0.5) / len(loader)) / n_epochs
         factor = min(20 * progress, 1 - progress)
         for group in optim.param_groups:
@@ -394,10 +398,11 @@ def train_epoch(ddpm, averaged, loader, optim, epoch, n_epochs):
 
 # %% Drawing: from noise to images
 def predict_x0(ddpm, x, t, label=None, guidance=1.0):
-    """x_t (n, c, h, w), its step t -> the predicted x_0, clipped to [-1, 1].
+    """x_t (n, c, h, w), its step t, one for all -> the predicted x_0, clipped to [-1, 1].
 
-    `guidance` [2] is how much the label counts: 1 as trained, 0 not at all; more exaggerates it,
-    in full only at the end, as it would make images more alike while x is mostly noise [8].
+    `guidance` [2] is how much the label counts: 1 as trained, 0 not at all. More exaggerates it:
+    from t = 0.6 n_steps on it rises from 1 to `guidance`, as at noisier steps it would only make
+    images more alike [8].
     """
     if guidance > 1:
         guidance = 1 + (guidance - 1) * max(0, 1 - t / (0.6 * ddpm.n_steps))
@@ -426,7 +431,7 @@ def reverse_process(ddpm, x, label, guidance, n_steps, variance, generator=None)
     ratio, says of the middle between t and s [7].
     """
     alpha_bars = [*ddpm.alpha_bars.tolist(), 1.0]  # the last is that of x_0, at "step" -1
-    log_snr = ddpm.alpha_bars.double().logit().tolist()
+    log_snr = ddpm.alpha_bars.cpu().double().logit().tolist()
     last_t = last_x0 = None
     was_training = ddpm.training
     ddpm.eval()
@@ -451,11 +456,13 @@ def reverse_process(ddpm, x, label, guidance, n_steps, variance, generator=None)
 
 # %% Pictures: one grey scale, -1 is black and 1 is white
 def tile(images, gap=0, columns=10):
-    """Images (n, c, h, w) in [-1, 1] -> one uint8 picture (height, width), or (.., c) if c > 1.
+    """Images (n, c, h, w) in [-1, 1] -> one uint8 picture (height, width), or (.., 3) of colours.
 
-    Ten in a row, so that classes in turn have a column each, with `gap` pixels between them.
+    Ten in a row, so that classes in turn have a column each, with `gap` pixels between them. Of
+    channels that are not colours it shows the first.
     """
     require(len(images), "there is no image to show")
+    images = images if images.shape[1] == 3 else images[:, :1]
     columns = min(columns, len(images))
     blanks = -len(images) % columns
     pixels = ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
@@ -544,7 +551,7 @@ def progress_bar(task, total, unit):
     line = "{desc}{postfix}, {percentage:.0f} %, {rate_noinv_fmt}, {remaining} left"
     look |= {"bar_format": line, "file": Lines(), "position": 0}
     bar = tqdm(**look, mininterval=60, miniters=1, delay=1, smoothing=0)
-    bar.last_print_t -= 45
+    bar.last_print_t -= 45  # so that the first line comes after 15
     return bar
 
 
@@ -622,6 +629,7 @@ def store(path, ddpm, losses, training=None):
         "settings": getattr(ddpm.network, "settings", None),
         "schedule": [ddpm.n_steps, ddpm.betas[0].item(), ddpm.betas[-1].item()],
         "image_chw": ddpm.image_chw,
+        "n_classes": ddpm.n_classes,
         "losses": losses,
         "flags": ddpm.flags,
         "training": training,
@@ -656,6 +664,7 @@ def load_model(store_path, device=None, network=None):
         raise BadInput(f"{store_path} holds {holds}: {remedy} ({reason})") from None
     ddpm.info = info | {"path": str(store_path)}
     ddpm.flags, ddpm.image_chw = info["flags"], tuple(info["image_chw"])
+    ddpm.n_classes = info.get("n_classes", ddpm.n_classes)
     return ddpm.to(device).eval()
 
 
@@ -676,17 +685,17 @@ def preview(ddpm, title, store_path):
 def training_loop(
     ddpm, loader, n_epochs, optim, device=None, display=False, store_path="ddpm.pt", resume=False
 ):
-    """Algorithm 1 of [1] on batches [x0, label] or [x0] of `loader`. -> mean error of each epoch.
+    """Algorithm 1 of [1] on batches [x0, label] or [x0] of a DataLoader. -> error of each epoch.
 
-    The rate of `optim` rises and falls. After each epoch the averaged weights go into `store_path`,
-    and ten images are drawn if `display`; at the end `ddpm` holds them. A loaded `ddpm` goes on
-    with `resume`, and ends as if never stopped: randomness depends on torch's seed and the epoch
-    alone. Raises BadInput, and FloatingPointError if the loss is not finite.
+    After each epoch the weights, averaged over about the last sixteenth of all steps so far, go
+    into `store_path`, and draw ten images if `display`; at the end `ddpm` holds them. With `resume`
+    a loaded `ddpm` goes on, and ends as if never stopped: randomness depends on torch's seed and
+    the epoch alone. Raises BadInput, and FloatingPointError if the loss is not finite.
     """
     require(isinstance(optim, torch.optim.Optimizer), f"optim must be an optimizer, not {optim}")
     require(Path(store_path).parent.is_dir(), f"there is no folder for {store_path}")
+    require(len(loader), "the loader has no batch: it needs more images, or a lower batch_size")
     ddpm.to(device or ddpm.device).train()
-    # The mean of about the last sixteenth of all steps, however many there are.
     averaged = AveragedModel(ddpm, avg_fn=lambda mean, p, n: mean.lerp(p, 16 / (16 + n)))
     parts, losses, seed = [ddpm, averaged, optim], [], torch.initial_seed()
     if resume:
@@ -823,7 +832,7 @@ def run(flags=None):
 
 
 def keep_freed_memory():
-    """Tells glibc to: where it gives memory back, an eighth of a training step goes to fetching it."""
+    """Tells glibc to: fetching memory again after each step takes an eighth of the training."""
     with suppress(OSError, AttributeError):  # another system
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD
@@ -836,6 +845,7 @@ def main(argv=None):
     Raises SystemExit after one line on stderr: status 2 for bad input, 1 if the loss is not finite
     or a file can't be written, 130 after Ctrl-C.
     """
+    # Without a console they are None.
     sys.stderr = sys.stderr or sys.stdout or open(os.devnull, "w")  # noqa: SIM115
     sys.stdout = sys.stdout or sys.stderr
     keep_freed_memory()

@@ -31,6 +31,7 @@ def test_the_grey_scale_is_fixed():
 def test_colours():
     red = torch.tensor([1.0, -1, -1]).view(1, 3, 1, 1).expand(2, 3, 4, 4)
     assert ddpm.tile(red).shape == (4, 8, 3)
+    assert ddpm.tile(red[:, :2]).shape == ddpm.tile(red.repeat(1, 2, 1, 1)).shape == (4, 8)
     assert ddpm.tile(red)[0, 0].tolist() == [255, 0, 0]
 
 
