@@ -303,14 +303,15 @@ def images_and_labels(batch, ddpm):
 def denoising_loss(ddpm, x0, label=None):
     """Algorithm 1 of [1] up to its gradient. -> loss to minimize, and the error to print.
 
-    x0 is (n, c, h, w) in [-1, 1], label (n,) or None. The error is the mean square of the noise's,
-    over all steps alike, and also the loss if the network predicts the noise. It is alpha_bar times
-    that of v. By itself it neglects noisy steps, where the shape of an image is decided; v's
-    neglects nearly clean ones, where its details are. Halfway between them is the error of v at
-    steps t that are drawn in proportion to sqrt(alpha_bar).
+    x0 is (n, c, h, w) in [-1, 1], label (n,) or None. The error is the mean squared one of the
+    noise, over all steps alike; it is also the loss of a network that predicts the noise. It
+    neglects noisy steps, where the shape of an image is decided. The squared error of v is
+    1 / alpha_bar times as large, and neglects nearly clean steps, where the details are. Halfway
+    between them is the error of v at steps t that are drawn in proportion to sqrt(alpha_bar).
     """
     n, device = len(x0), x0.device
-    density = ddpm.alpha_bars.sqrt() / ddpm.alpha_bars.sqrt().mean()
+    density = ddpm.alpha_bars.sqrt() if ddpm.predicts_v else torch.ones_like(ddpm.alpha_bars)
+    density = density / density.mean()
     # One t from each of n parts of the range is less noisy than n free draws.
     u = (torch.randperm(n, device=device) + torch.rand(n, device=device)) / n
     t = torch.searchsorted(density.cumsum(0) / ddpm.n_steps, u).clamp(max=ddpm.n_steps - 1)
@@ -320,7 +321,7 @@ def denoising_loss(ddpm, x0, label=None):
         label = label.masked_fill(torch.rand(n, device=device) < 0.1, ddpm.n_classes)
     eta_theta = ddpm.backward(ddpm(x0, t, eta), t, label)
     errors = (eta_theta - eta).square().mean((1, 2, 3))
-    loss = (errors / (ddpm.alpha_bars if ddpm.predicts_v else density)[t]).mean()
+    loss = (errors / ddpm.alpha_bars[t] if ddpm.predicts_v else errors).mean()
     return loss, (errors.detach() / density[t]).mean()
 
 

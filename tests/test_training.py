@@ -27,9 +27,10 @@ class Grey(nn.Module):
 
 
 class Recorder(nn.Module):
-    """Predicts no noise at all, and keeps the steps and labels that it was asked for."""
+    """Predicts v to be 0, and keeps the steps and labels that it was asked for."""
 
     n_classes = 10
+    predicts_v = True
 
     def forward(self, x, t, label=None):
         self.t, self.label = t, label
