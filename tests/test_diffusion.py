@@ -41,6 +41,7 @@ def test_schedule(n_steps, low, high):
     np.testing.assert_allclose(model.alphas, 1 - betas, rtol=1e-6)
     np.testing.assert_allclose(model.alpha_bars, np.cumprod(1 - betas), rtol=1e-6)
     assert {"betas", "alphas", "alpha_bars"} <= model.state_dict().keys()
+    assert ddpm.MyDDPM(nn.Linear(1, 1), device="meta").device.type == "meta"
 
 
 @pytest.mark.parametrize(
