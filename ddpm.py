@@ -664,8 +664,8 @@ def load_model(store_path, device=None, network=None):
         reason = f"{type(error).__name__}: {str(error)[:300]}"
         raise BadInput(f"{store_path} holds {holds}: {remedy} ({reason})") from None
     ddpm.info = info | {"path": str(store_path)}
-    ddpm.flags, ddpm.image_chw = info["flags"], tuple(info["image_chw"])
-    ddpm.n_classes = info.get("n_classes", ddpm.n_classes)
+    ddpm.flags, ddpm.n_classes = info["flags"], info["n_classes"]
+    ddpm.image_chw = tuple(info["image_chw"])
     return ddpm.to(device).eval()
 
 

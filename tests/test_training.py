@@ -210,6 +210,11 @@ def test_a_data_set_of_bare_images(images, tmp_path):
         ddpm.load_model(path)
 
 
+def test_a_few_images_may_be_bright():
+    bright = torch.full((7, 1, 4, 4), 0.5)
+    assert torch.equal(ddpm.images_and_labels(bright, ddpm.MyDDPM(Constant()))[0], bright)
+
+
 @pytest.mark.parametrize(
     "change, reason",
     [
