@@ -117,6 +117,36 @@ def test_each_step_has_the_mean_and_variance_of_the_papers(n_steps, variance):
         assert abs(x.var() / var - 1) < 5 * np.sqrt(2 / noise.numel())
 
 
+class Line(nn.Module):
+    """Sees an image that grows brighter in proportion to the logarithm of the SNR."""
+
+    def forward(self, x, t):
+        bar = torch.as_tensor(SHORT_BARS)[t].float().view(-1, 1, 1, 1)
+        return (x - bar.sqrt() * bar.logit() / 10) / (1 - bar).sqrt()
+
+
+SHORT_BARS = np.cumprod(1 - np.linspace(1e-3, 0.6, 20))
+
+
+@pytest.mark.parametrize("n_steps", [8, 12, 16])
+def test_where_steps_are_left_out_the_middle_counts(n_steps):
+    """Also where it is just one: predictions on a straight line show which of its points counts."""
+    model = ddpm.MyDDPM(Line(), 20, 1e-3, 0.6)
+    noise = torch.randn(400, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(1)
+    way = list(ddpm.reverse_process(model, noise, None, 1, n_steps, 2, generator))
+    steps = ddpm.falling_steps(n_steps, 19)
+    log_snr = np.log(SHORT_BARS / (1 - SHORT_BARS))
+    for i, (t, s) in enumerate(itertools.pairwise(steps)):
+        middle = (log_snr[t] + log_snr[s]) / 2 if i > 0 and s < t - 1 else log_snr[t]
+        alpha = SHORT_BARS[t] / SHORT_BARS[s]
+        of_x0 = np.sqrt(SHORT_BARS[s]) * (1 - alpha) / (1 - SHORT_BARS[t])
+        of_x = np.sqrt(alpha) * (1 - SHORT_BARS[s]) / (1 - SHORT_BARS[t])
+        beta_tilde = (1 - SHORT_BARS[s]) / (1 - SHORT_BARS[t]) * (1 - alpha)
+        rest = (way[i + 1] - of_x * way[i]).mean() - of_x0 * middle / 10
+        assert abs(rest) < 5 * np.sqrt(beta_tilde / noise.numel())
+
+
 @pytest.mark.parametrize("how", [{"variance": 1}, {"variance": 2}, {"sample_steps": 50}])
 def test_the_drawn_images_are_distributed_as_the_data(how):
     """All steps come near to the variance of the data, and so does the second order of a few."""
