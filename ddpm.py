@@ -219,16 +219,16 @@ class MyUNet(nn.Module):
         super().__init__()
         self.settings = [n_steps, time_emb_dim, n_classes, image_channels]  # to build it again
         self.n_steps, self.n_classes = n_steps, n_classes
-        half, quarter, d, square = 32, 64, time_emb_dim, 4 * image_channels
+        half, quarter, d, square = 24, 48, time_emb_dim, 4 * image_channels
         self.register_buffer("embedding", sinusoidal_embedding(n_steps, d), persistent=False)
         self.time = nn.Linear(d, d, bias=False)
         self.label = nn.Embedding(n_classes + 1, d)  # the last row stands for no label
         self.enter = nn.Sequential(nn.PixelUnshuffle(2), conv3x3(square, half))
-        self.half_down = nn.ModuleList(Block(half, d) for _ in range(2))
+        self.half_down = nn.ModuleList(Block(half, d) for _ in range(3))
         self.down = nn.Conv2d(half, quarter, kernel_size=2, stride=2, bias=False)
-        self.middle = nn.ModuleList(Block(quarter, d) for _ in range(4))
+        self.middle = nn.ModuleList(Block(quarter, d) for _ in range(6))
         self.up = nn.ConvTranspose2d(quarter, half, kernel_size=2, stride=2, bias=False)
-        self.half_up = nn.ModuleList(Block(half, d) for _ in range(2))
+        self.half_up = nn.ModuleList(Block(half, d) for _ in range(3))
         norm = nn.GroupNorm(1, half, affine=False)
         last = conv3x3(half, square)
         nn.init.zeros_(last.weight)
