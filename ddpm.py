@@ -48,7 +48,6 @@ import torch
 from einops import rearrange
 from torch import nn
 from torch.nn import functional as F
-from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, TensorDataset
 from torchvision.datasets import MNIST, FashionMNIST
 from torchvision.datasets.utils import download_url
@@ -301,13 +300,11 @@ def images_and_labels(batch, ddpm):
 
 # %% Training: predict the noise
 def denoising_loss(ddpm, x0, label=None):
-    """Algorithm 1 of [1] up to its gradient. -> loss to minimize, and the error to print.
+    """Algorithm 1 of [1] up to its gradient. -> mean squared error of the noise, over all steps.
 
-    x0 is (n, c, h, w) in [-1, 1], label (n,) or None. The error is the mean squared one of the
-    noise, over all steps alike; it is also the loss of a network that predicts the noise. It
-    neglects noisy steps, where the shape of an image is decided. The squared error of v is
-    1 / alpha_bar times as large, and neglects nearly clean steps, where the details are. Halfway
-    between them is the error of v at steps t that are drawn in proportion to sqrt(alpha_bar).
+    x0 is (n, c, h, w) in [-1, 1], label (n,) or None. The error is large where there is little
+    noise. A network that predicts v learns faster from more of those steps: t is drawn in
+    proportion to sqrt(alpha_bar), and an error counts for less the oftener its step is drawn.
     """
     n, device = len(x0), x0.device
     density = ddpm.alpha_bars.sqrt() if ddpm.predicts_v else torch.ones_like(ddpm.alpha_bars)
@@ -321,8 +318,7 @@ def denoising_loss(ddpm, x0, label=None):
         label = label.masked_fill(torch.rand(n, device=device) < 0.1, ddpm.n_classes)
     eta_theta = ddpm.backward(ddpm(x0, t, eta), t, label)
     errors = (eta_theta - eta).square().mean((1, 2, 3))
-    loss = (errors / ddpm.alpha_bars[t] if ddpm.predicts_v else errors).mean()
-    return loss, (errors.detach() / density[t]).mean()
+    return (errors / density[t]).mean()
 
 
 def orthogonalize(matrices):
@@ -368,19 +364,18 @@ class Muon(torch.optim.Optimizer):
                     p.sub_(size * step.view_as(p))
 
 
-def train_epoch(ddpm, averaged, loader, optim, epoch, n_epochs):
-    """One pass over the data: updates the model, and the running mean of it, `averaged`.
+def train_epoch(ddpm, loader, optim, epoch, n_epochs):
+    """One pass over the data, in which the optimizer trains the model.
 
-    Yields after each step the number of images in it, and the mean squared error of the noise in
-    the epoch so far. Raises FloatingPointError if the weights are not finite at the end.
+    Yields after each step the number of images in it, and the mean loss of the epoch so far.
+    Raises FloatingPointError if the weights are not finite at the end.
     """
-    mean_error = torch.zeros((), device=ddpm.device)
+    mean_loss = torch.zeros((), device=ddpm.device)
     for step, batch in enumerate(loader):
         x0, label = images_and_labels(batch, ddpm)
-        for model in (ddpm, averaged.module):
-            model.image_chw = tuple(x0.shape[1:])
-            model.n_classes = 0 if label is None else model.n_classes
-        loss, error = denoising_loss(ddpm, x0, label)
+        ddpm.image_chw = tuple(x0.shape[1:])
+        ddpm.n_classes = 0 if label is None else ddpm.n_classes
+        loss = denoising_loss(ddpm, x0, label)
         ddpm.zero_grad()
         loss.backward()
         # Up to nearly the full rate in a twentieth of the training, then straight down to 0.
@@ -389,11 +384,10 @@ def train_epoch(ddpm, averaged, loader, optim, epoch, n_epochs):
         for group in optim.param_groups:
             group["lr"] = factor * group.setdefault("initial_lr", group["lr"])
         optim.step()
-        averaged.update_parameters(ddpm)
-        mean_error += (error - mean_error) / (step + 1)
-        yield len(x0), mean_error
+        mean_loss += (loss.detach() - mean_loss) / (step + 1)
+        yield len(x0), mean_loss
     # Weights that are not finite stay so: to look once an epoch is enough.
-    if not all(tensor.isfinite().all() for tensor in [mean_error, *ddpm.parameters()]):
+    if not all(tensor.isfinite().all() for tensor in [mean_loss, *ddpm.parameters()]):
         raise FloatingPointError(f"the loss is not finite in epoch {epoch}: give a lower lr")
 
 
@@ -620,7 +614,7 @@ def generate_new_images(
 
 # %% The whole training, and its file
 def store(path, ddpm, losses, training=None):
-    """Writes the model with all that load_model needs, and the state of an unfinished training.
+    """Writes the model with all that load_model needs, and its optimizer if training goes on.
 
     A kill or a full disk leaves the old file as it was. Raises OSError if it can't be written.
     """
@@ -686,42 +680,38 @@ def preview(ddpm, title, store_path):
 def training_loop(
     ddpm, loader, n_epochs, optim, device=None, display=False, store_path="ddpm.pt", resume=False
 ):
-    """Algorithm 1 of [1] on batches [x0, label] or [x0] of a DataLoader. -> error of each epoch.
+    """Algorithm 1 of [1] on batches [x0, label] or [x0] of a DataLoader. -> loss of each epoch.
 
-    After each epoch the weights, averaged over about the last sixteenth of all steps so far, go
-    into `store_path`, and draw ten images if `display`; at the end `ddpm` holds them. With `resume`
-    a loaded `ddpm` goes on, and ends as if never stopped: randomness depends on torch's seed and
-    the epoch alone. Raises BadInput, and FloatingPointError if the loss is not finite.
+    After each epoch the weights go into `store_path`, and draw ten images if `display`. With
+    `resume` a loaded `ddpm` goes on, and ends as if never stopped: randomness depends on torch's
+    seed and the epoch alone. Raises BadInput, and FloatingPointError if the loss is not finite.
     """
     require(isinstance(optim, torch.optim.Optimizer), f"optim must be an optimizer, not {optim}")
     require(Path(store_path).parent.is_dir(), f"there is no folder for {store_path}")
     require(len(loader), "the loader has no batch: it needs more images, or a lower batch_size")
     ddpm.to(device or ddpm.device).train()
-    averaged = AveragedModel(ddpm, avg_fn=lambda mean, p, n: mean.lerp(p, 16 / (16 + n)))
-    parts, losses, seed = [ddpm, averaged, optim], [], torch.initial_seed()
+    losses, seed = [], torch.initial_seed()
     if resume:
         losses = unfinished(ddpm)["losses"]
-        for part, state in zip(parts, ddpm.info["training"], strict=True):
-            part.load_state_dict(state)
+        optim.load_state_dict(ddpm.info["training"])
     bar = progress_bar("Training", (n_epochs - len(losses)) * len(loader.dataset), "images")
     try:
         for epoch in range(len(losses) + 1, n_epochs + 1):
             torch.manual_seed((1_000_003 * seed + epoch) % 2**63)
-            for n, error in train_epoch(ddpm, averaged, loader, optim, epoch, n_epochs):
-                bar.set_postfix_str(f"epoch {epoch}/{n_epochs}, loss {error:.3f}", refresh=False)
+            for n, loss in train_epoch(ddpm, loader, optim, epoch, n_epochs):
+                bar.set_postfix_str(f"epoch {epoch}/{n_epochs}, loss {loss:.3f}", refresh=False)
                 bar.update(n)
-            training = None if epoch == n_epochs else [part.state_dict() for part in parts]
-            store(store_path, averaged.module, [*losses, error.item()], training)
-            losses = [*losses, error.item()]
+            training = None if epoch == n_epochs else optim.state_dict()
+            store(store_path, ddpm, [*losses, loss.item()], training)
+            losses = [*losses, loss.item()]
             say(f"Loss at epoch {epoch}: {losses[-1]:.4f} (stored in {store_path})")
             if display:
-                preview(averaged.module, f"After epoch {epoch}", store_path)
+                preview(ddpm, f"After epoch {epoch}", store_path)
     except KeyboardInterrupt:
         left = f"--resume goes on after epoch {len(losses)}" if losses else "nothing was stored"
         stored = left if len(losses) < n_epochs else "the training had ended"
         raise KeyboardInterrupt(f"stopped; {stored}") from None
     bar.close()
-    ddpm.load_state_dict(averaged.module.state_dict())
     return losses
 
 

@@ -1,18 +1,18 @@
 """What is each idea worth, and each minute? Run by hand on an idle machine: it takes hours.
 
-    python tests/ablation.py                           the recipe, and with one thing taken out
-    python tests/ablation.py mnist --minutes 8         one data set, and longer trainings
-    python tests/ablation.py --curve 10 30 60 120      the recipe in so many seconds, and a picture
-    python tests/ablation.py --guidance 0 1 2 4        only a picture: the same noise, guided so
+    python tests/ablation.py                              the recipe, and with one thing changed
+    python tests/ablation.py mnist --images 60000         one data set, and shorter trainings
+    python tests/ablation.py --curve 5000 15000 60000     the recipe in so many images, a picture
+    python tests/ablation.py --guidance 0 1 2 4           only a picture: the same noise, guided so
 
-Each row is a training of its own, from the same seed and of the same seconds on this machine:
-whatever makes a step slower has fewer steps. The learning rate rises and falls over just these
-seconds, so a point of the curve is a finished short training, not the start of a long one.
-Starting, drawing and judging don't count. ddpm.train_epoch trains all of them; what is taken out
-is replaced at its name in ddpm.py. 5,000 training images are held back: "t = 20" is the mean
-squared error of the noise in them at this step. FID* (see quality.py) is that of 2,000 images in
-25 steps against the test images, with guidance 1 (none) and with that of ddpm.py. The report's
-loop has its batches of 128, but our network and our way of reading images and drawing them.
+Each row is a training of its own, from the same seed, of the same number of images; "seconds" is
+what it took. The learning rate rises and falls over just these images, so a point of the curve is
+a finished short training, not the start of a long one. ddpm.train_epoch trains all of them; what
+is taken out or put in is replaced at its name in ddpm.py. 5,000 training images are held back:
+"t = 20" is the mean squared error of the noise in them at this step. FID* (see quality.py) is that
+of 2,000 images in 25 steps against the test images, with guidance 1 (none) and with that of
+ddpm.py. The report's loop has its batches of 128, but our network and our way of reading images
+and drawing them.
 """
 
 import argparse
@@ -24,14 +24,14 @@ import matplotlib.pyplot as plt
 import torch
 from quality import DEVICE, ROOT, Judge, clock, ddpm, draw, features, frechet
 from torch.optim.swa_utils import AveragedModel
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
 
-def denoising_loss(model, x0, label=None, density=True, parts=True, power=0.5):
-    """ddpm.denoising_loss, and what can be taken out of it.
+def denoising_loss(model, x0, label=None, density=True, parts=True, power=0.0):
+    """ddpm.denoising_loss, and what can be changed in it.
 
-    `power` 0 is the error of the noise and 1 that of v, at steps that are equally likely; `density`
-    and `parts` say how the steps are drawn, without a change of what is minimized.
+    `density` and `parts` say how the steps are drawn, without a change of what is minimized. That
+    is the error of the noise with `power` 0, that of v with 1.
     """
     n, device = len(x0), x0.device
     root = model.alpha_bars.sqrt()
@@ -43,9 +43,8 @@ def denoising_loss(model, x0, label=None, density=True, parts=True, power=0.5):
     if label is not None:
         label = label.masked_fill(torch.rand(n, device=device) < 0.1, model.n_classes)
     eta_theta = model.backward(model(x0, t, eta), t, label)
-    errors = (eta_theta - eta).square().mean((1, 2, 3)) / table[t]
-    loss = (errors / model.alpha_bars[t] ** power).mean() / root.mean()
-    return loss, errors.detach().mean()
+    errors = (eta_theta - eta).square().mean((1, 2, 3))
+    return (errors / table[t] / model.alpha_bars[t] ** power).mean()
 
 
 @torch.no_grad()
@@ -55,7 +54,7 @@ def check_loss():
     found = []
     for loss in (ddpm.denoising_loss, denoising_loss):
         torch.manual_seed(0)
-        found.append(torch.stack(loss(model, torch.zeros(64, 1, 28, 28, device=DEVICE))))
+        found.append(loss(model, torch.zeros(64, 1, 28, 28, device=DEVICE)))
     if not torch.allclose(*found):
         raise SystemExit("ddpm.denoising_loss has changed: change tests/ablation.py with it")
 
@@ -75,74 +74,51 @@ class ConstantAdam(torch.optim.Adam):
         super().step()
 
 
-WITHOUT = {
-    "labels": {"network": partial(ddpm.MyUNet, n_classes=0)},
+CHANGED = {
+    "labels: none": {"network": partial(ddpm.MyUNet, n_classes=0)},
     "v: the network says the noise": {"network": PlainNoise},
     "density of t: uniform": {"loss": partial(denoising_loss, density=False)},
-    "weight: the error of the noise": {"loss": partial(denoising_loss, power=0)},
+    "weight: alpha_bar^-1/2": {"loss": partial(denoising_loss, power=0.5)},
     "weight: the error of v": {"loss": partial(denoising_loss, power=1)},
-    "Muon: Adam, rate 0.001": {"optimizer": torch.optim.Adam, "lr": 1e-3},
     "Muon: Adam, rate 0.002": {"optimizer": torch.optim.Adam, "lr": 2e-3},
-    "Muon: Adam, rate 0.004": {"optimizer": torch.optim.Adam, "lr": 4e-3},
     "all: the report's loop": {
         "network": partial(PlainNoise, n_classes=0),
-        "loss": partial(denoising_loss, density=False, parts=False, power=0),
+        "loss": partial(denoising_loss, density=False, parts=False),
         "optimizer": ConstantAdam,
         "lr": 1e-3,
         "batch_size": 128,
-        "averages": False,
     },
+    "Muon: Adam, rate 0.001": {"optimizer": torch.optim.Adam, "lr": 1e-3},
+    "Muon: Adam, rate 0.004": {"optimizer": torch.optim.Adam, "lr": 4e-3},
 }
-
-
-class TimedLoader:
-    """Batches until the seconds are over, as one epoch.
-
-    Its length is the number expected at the pace so far. train_epoch takes its learning rate from
-    step / length, and with it from the share of the seconds that is over.
-    """
-
-    def __init__(self, loader, seconds):
-        self.loader, self.seconds = loader, seconds
-
-    def __iter__(self):
-        self.start, self.done = clock(), 0
-        while True:
-            for batch in self.loader:
-                yield batch
-                self.done += 1
-                if clock() - self.start >= self.seconds:
-                    return
-
-    def __len__(self):
-        share = (clock() - self.start) / self.seconds
-        return max(self.done + 1, round((self.done + 0.5) / share))
 
 
 def train(
     dataset,
-    seconds,
+    n_images,
     seed,
     network=ddpm.MyUNet,
     loss=ddpm.denoising_loss,
     optimizer=ddpm.Muon,
     lr=ddpm.lr,
     batch_size=ddpm.batch_size,
-    averages=True,
 ):
-    """-> trained MyDDPM, the same with its last weights, and the number of images seen."""
+    """-> trained MyDDPM, the average of its weights, and the seconds that it took."""
     torch.manual_seed(seed)
     model = ddpm.MyDDPM(network(), device=DEVICE)
     averaged = AveragedModel(model, avg_fn=lambda mean, p, n: mean.lerp(p, 16 / (16 + n)))
-    loader = TimedLoader(DataLoader(dataset, batch_size, shuffle=True), seconds)
+    order = RandomSampler(dataset, num_samples=n_images)  # pass after pass, the last in part
+    loader = DataLoader(dataset, batch_size, sampler=order)
     optim = optimizer(model.network.parameters(), lr)
+    start = clock()
     with mock.patch.object(ddpm, "denoising_loss", loss):
-        n_images = sum(n for n, _ in ddpm.train_epoch(model, averaged, loader, optim, 1, 1))
-    return averaged.module if averages else model, model, n_images
+        for _ in ddpm.train_epoch(model, loader, optim, 1, 1):
+            averaged.update_parameters(model)
+    return model, averaged.module, clock() - start
 
 
 GUIDED = f"FID* x{ddpm.guidance:g}"
-COLUMNS = ["images", "t = 20", "t = 100", "t = 300", "FID* x1", GUIDED]
+COLUMNS = ["images", "seconds", "t = 20", "t = 100", "t = 300", "FID* x1", GUIDED]
 
 
 class Table:
@@ -164,12 +140,13 @@ class Table:
         texts = [f"{found[key]:,.7g}" if key in found else "-" for key in COLUMNS]
         print(f"{name:34}" + "".join(f"{text:>11}" for text in texts), flush=True)
 
-    def train(self, name, seconds, **recipe):
-        """Trains a model and prints its row. -> model, the same with its last weights, its row."""
-        model, last, n_images = train(self.dataset, seconds, self.seed, **recipe)
-        found = {"images": n_images, **self.losses(model), **self.fids(model)}
+    def train(self, name, n_images, **recipe):
+        """Trains a model and prints its row. -> model, the average of its weights, its row."""
+        model, averaged, seconds = train(self.dataset, n_images, self.seed, **recipe)
+        found = {"images": n_images, "seconds": round(seconds)}
+        found |= {**self.losses(model), **self.fids(model)}
         self.row(name, found)
-        return model, last, found
+        return model, averaged, found
 
     @torch.no_grad()
     def losses(self, model):
@@ -208,34 +185,33 @@ def without_ramp(model):
 
 
 def ablate(fashion, args):
-    """Prints the table of the recipe with one thing taken out."""
-    table, seconds = Table(fashion, args, "taken out"), 60 * args.minutes
-    model, last, _ = table.train("nothing: the recipe", seconds)
-    table.row("average: the last weights", {**table.losses(last), **table.fids(last)})
+    """Prints the table of the recipe with one thing changed."""
+    table = Table(fashion, args, "changed")
+    model, averaged, _ = table.train("nothing: the recipe", args.images)
+    table.row("average of the weights", {**table.losses(averaged), **table.fids(averaged)})
     with without_ramp(model):
-        table.row("ramp of the guidance", {GUIDED: table.fid(model, 25, 1)})
+        table.row("ramp of the guidance: none", {GUIDED: table.fid(model, 25, 1)})
     table.row("few steps: 50 in place of 25", table.fids(model, 50))
     if not args.no_full_chain:
         table.row("few steps: the full chain", table.fids(model, model.n_steps))
-    for name, recipe in WITHOUT.items():
+    for name, recipe in CHANGED.items():
         try:
-            table.train(name, seconds, **recipe)
+            table.train(name, args.images, **recipe)
         except FloatingPointError:
             table.row(f"{name}, diverged", {})
 
 
 def curves(args):
-    """Prints the table of the recipe in so many seconds, and draws all sets into one picture."""
+    """Prints the table of the recipe in so many images, and draws all sets into one picture."""
     figure, axes = plt.subplots(figsize=(7, 5))
     for name in args.sets:
-        table = Table(name == "fashion", args, "seconds of training")
-        rows = [table.train(f"{seconds:g}", seconds)[2] for seconds in args.curve]
+        table = Table(name == "fashion", args, name)
+        rows = [table.train("", n_images)[2] for n_images in args.curve]
         for column, style in (("FID* x1", ":"), (GUIDED, "-")):
-            fids = [row[column] for row in rows]
-            axes.loglog(args.curve, fids, style, marker=".", label=f"{name}, {column}")
+            seconds, fids = ([row[key] for row in rows] for key in ("seconds", column))
+            axes.loglog(seconds, fids, style, marker=".", label=f"{name}, {column}")
     axes.set(xlabel="seconds of training", ylabel=f"FID* of {args.n:,} images in 25 steps")
-    axes.set_xticks(args.curve, [f"{seconds:g}" for seconds in args.curve])
-    axes.xaxis.minorticks_off()
+    axes.xaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_major_formatter("{x:g}")
     axes.grid(which="both", alpha=0.3)
     axes.legend()
@@ -258,8 +234,8 @@ def guided_picture(args):
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Measure what each idea is worth, each minute.")
     parser.add_argument("sets", nargs="*", default=["mnist", "fashion"], help="mnist, fashion")
-    parser.add_argument("--minutes", type=float, default=4, help="of each training (%(default)s)")
-    parser.add_argument("--curve", type=float, nargs="+", help="seconds of each training")
+    parser.add_argument("--images", type=int, default=100_000, help="in each (%(default)s)")
+    parser.add_argument("--curve", type=int, nargs="+", help="images in each training")
     parser.add_argument("--guidance", type=float, nargs="+", help="draw a picture of these")
     parser.add_argument("--n", type=int, default=2000, help="images for each FID* (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of training, drawing (%(default)s)")

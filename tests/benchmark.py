@@ -26,7 +26,6 @@ from unittest import mock
 import torch
 from quality import DEVICE, ROOT, clock, ddpm, draw
 from torch.nn import functional as F
-from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, Subset, TensorDataset
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
@@ -49,13 +48,12 @@ def new_model():
 def training(n):
     """-> what train_epoch takes, with n images in an epoch."""
     model = new_model()
-    averaged = AveragedModel(model, avg_fn=lambda mean, p, n: mean.lerp(p, 16 / (16 + n)))
     loader = DataLoader(TensorDataset(*ddpm.load_data()[:n]), ddpm.batch_size, shuffle=True)
-    return model, averaged, loader, ddpm.Muon(model.network.parameters(), ddpm.lr), 1, 1
+    return model, loader, ddpm.Muon(model.network.parameters(), ddpm.lr), 1, 1
 
 
 def step_parts(n):
-    """-> mean ms of the parts of a step, over an epoch; the rest is data, average and rates."""
+    """-> mean ms of the parts of a step, over an epoch; the rest is data and rates."""
     how, spent = training(n), {"forward": 0, "backward": 0, "optimizer": 0}
 
     def timed(part, function):
