@@ -5,14 +5,16 @@
     python tests/ablation.py --curve 5000 15000 60000     the recipe in so many images, a picture
     python tests/ablation.py --guidance 0 1 2 4           only a picture: the same noise, guided so
 
-Each row is a training of its own, from the same seed, of the same number of images; "seconds" is
-what it took. The learning rate rises and falls over just these images, so a point of the curve is
-a finished short training, not the start of a long one. ddpm.train_epoch trains all of them; what
-is taken out or put in is replaced at its name in ddpm.py. 5,000 training images are held back:
-"t = 20" is the mean squared error of the noise in them at this step. FID* (see quality.py) is that
-of 2,000 images in 25 steps against the test images, with guidance 1 (none) and with that of
-ddpm.py. The report's loop has its batches of 128, but our network and our way of reading images
-and drawing them.
+What is changed in drawing is tried on the weights in outputs/. Each other row is a training of its
+own, from the same seed, of the same number of images; "seconds" is what it took. The learning rate
+rises and falls over just these images, so a point of the curve is a finished short training, not
+the start of a long one. ddpm.train_epoch trains all of them; what is taken out or put in is
+replaced at its name in ddpm.py.
+
+5,000 training images are held back, but not from the weights in outputs/: "t = 20" is the mean
+squared error of the noise in them at this step. FID* (see quality.py) is that of 2,000 images in
+25 steps against the test images, with guidance 1 (none) and with that of ddpm.py. The report's
+loop has its batches of 128, but our network and our way of reading images and drawing them.
 """
 
 import argparse
@@ -185,15 +187,17 @@ def without_ramp(model):
 
 
 def ablate(fashion, args):
-    """Prints the table of the recipe with one thing changed."""
+    """Prints the table of the recipe with one thing changed, in drawing and then in training."""
     table = Table(fashion, args, "changed")
-    model, averaged, _ = table.train("nothing: the recipe", args.images)
-    table.row("average of the weights", {**table.losses(averaged), **table.fids(averaged)})
+    model = ddpm.load_model(ROOT / "outputs" / f"{'fashion' if fashion else 'mnist'}.pt", DEVICE)
+    table.row("outputs/: the default training", {**table.losses(model), **table.fids(model)})
     with without_ramp(model):
         table.row("ramp of the guidance: none", {GUIDED: table.fid(model, 25, 1)})
     table.row("few steps: 50 in place of 25", table.fids(model, 50))
     if not args.no_full_chain:
         table.row("few steps: the full chain", table.fids(model, model.n_steps))
+    _, averaged, _ = table.train("nothing: the recipe", args.images)
+    table.row("average of the weights", {**table.losses(averaged), **table.fids(averaged)})
     for name, recipe in CHANGED.items():
         try:
             table.train(name, args.images, **recipe)
