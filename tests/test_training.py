@@ -165,6 +165,15 @@ def test_each_step_of_the_training(n_epochs, train, monkeypatch):
     assert losses == pytest.approx(np.reshape(each_loss, (n_epochs, 20)).mean(1), rel=1e-5)
 
 
+def test_an_epoch_tells_how_far_it_is(images):
+    """The mean loss is but a number: it must not keep the memory of all steps so far."""
+    model = ddpm.MyDDPM(Constant())
+    optim = torch.optim.SGD(model.parameters(), 0.1)
+    told = list(ddpm.train_epoch(model, DataLoader(images, 40), optim, 1, 1))
+    assert [n for n, _ in told] == [40, 40, 20]
+    assert all(loss.isfinite() and not loss.requires_grad for _, loss in told)
+
+
 def test_it_learns_and_is_reproducible(train, digits):
     dataset = TensorDataset(*digits[:150])
     (one, losses, _), (two, same_losses, _) = train(2, dataset=dataset), train(2, dataset=dataset)
