@@ -103,8 +103,8 @@ class MyDDPM(nn.Module):
     """The forward process with its linear schedule, and the network that undoes it [1].
 
     `network` maps x (n, c, h, w) and t (n,) to the noise in x. If it has `n_classes`, it also
-    takes labels (n,); if it has `predicts_v`, it returns v of [3] instead of the noise. Steps t
-    are counted from 0 to n_steps - 1. `betas`, `alphas` and `alpha_bars` are buffers (n_steps,):
+    takes labels (n,); if it has `predicts_v`, it returns v of [3] instead of the noise; its own
+    `n_steps` is the most it knows. Steps t are counted from 0 to n_steps - 1. `betas`, `alphas` and `alpha_bars` are buffers (n_steps,):
     they move with the model and are saved with it. Raises BadInput for an impossible schedule.
     """
 
@@ -158,7 +158,7 @@ class MyDDPM(nn.Module):
     def backward(self, x, t, label=None):
         """x_t (n, c, h, w), t as in as_steps -> eta_theta (n, c, h, w), the noise it sees in x_t.
 
-        `label` (n,) holds classes; n_classes, or None for all, stands for no label.
+        `label` (n,) holds classes; the number n_classes means no label, as None does for all.
         """
         t = self.as_steps(t, len(x))
         labels = [] if label is None or not self.n_classes else [label]
@@ -300,16 +300,17 @@ def images_and_labels(batch, ddpm):
 
 # %% Training: predict the noise
 def denoising_loss(ddpm, x0, label=None):
-    """Algorithm 1 of [1] up to its gradient. -> mean squared error of the noise, over all steps.
+    """Algorithm 1 of [1] without its gradient step. -> mean squared error of the noise.
 
-    x0 is (n, c, h, w) in [-1, 1], label (n,) or None. The error is large where there is little
-    noise. A network that predicts v learns faster from more of those steps: t is drawn in
-    proportion to sqrt(alpha_bar), and an error counts for less the oftener its step is drawn.
+    x0 is (n, c, h, w) in [-1, 1], label (n,) or None. All steps t count alike. But the
+    error is large where there is little noise, and a network that predicts v learns faster from
+    more of those steps: they are drawn in proportion to sqrt(alpha_bar), and each error is divided
+    by that density.
     """
     n, device = len(x0), x0.device
     density = ddpm.alpha_bars.sqrt() if ddpm.predicts_v else torch.ones_like(ddpm.alpha_bars)
     density = density / density.mean()
-    # One t from each of n parts of the range is less noisy than n free draws.
+    # One t from each of n equally likely parts is less noisy than n free draws.
     u = (torch.randperm(n, device=device) + torch.rand(n, device=device)) / n
     t = torch.searchsorted(density.cumsum(0) / ddpm.n_steps, u).clamp(max=ddpm.n_steps - 1)
     eta = torch.randn_like(x0)
@@ -333,7 +334,7 @@ def orthogonalize(matrices):
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum in orthogonal steps [6], so that weak directions are learned as fast as strong ones.
+    """Momentum in orthogonal steps [6], so that strong directions don't drown weak ones.
 
     It takes matrices and convolutions; a convolution is a matrix, once flattened. Raises BadInput
     for other weights, or if lr is not positive.
@@ -396,8 +397,8 @@ def predict_x0(ddpm, x, t, label=None, guidance=1.0):
     """x_t (n, c, h, w), its step t, one for all -> the predicted x_0, clipped to [-1, 1].
 
     `guidance` [2] is how much the label counts: 1 as trained, 0 not at all. More exaggerates it:
-    from t = 0.6 n_steps on it rises from 1 to `guidance`, as at noisier steps it would only make
-    images more alike [8].
+    as t falls from 0.6 n_steps to 0, it rises from 1 to `guidance`. At noisier steps it would only
+    make images more alike [8].
     """
     if guidance > 1:
         guidance = 1 + (guidance - 1) * max(0, 1 - t / (0.6 * ddpm.n_steps))
@@ -410,7 +411,7 @@ def predict_x0(ddpm, x, t, label=None, guidance=1.0):
 
 
 def falling_steps(n, highest):
-    """-> n falling whole numbers from `highest` to 0, the lower the denser, none of them twice."""
+    """-> n > 1 falling whole numbers from `highest` to 0, denser when low, none of them twice."""
     steps = highest * np.linspace(1, 0, n) ** 2
     return np.maximum(steps.round(), np.arange(n)[::-1]).astype(int).tolist()
 
@@ -507,7 +508,7 @@ def show_first_batch(loader, path=None):
 
 def show_forward(ddpm, loader, device=None, path=None):
     """Draws ten images of the first batch after 0, 25, 50, 75 and 100 % of the forward process."""
-    x0 = first_batch(loader)[:10].to(device or ddpm.device)
+    x0 = first_batch(loader)[:10].to(ddpm.to(device or ddpm.device).device)
     steps = [max(ddpm.n_steps * percent // 100 - 1, 0) for percent in (25, 50, 75, 100)]
     rows = [x0] + [ddpm(x0, t) for t in steps]
     show_images(torch.cat(rows), "After 0, 25, 50, 75 and 100 % of the steps", path, len(x0))
@@ -602,7 +603,7 @@ def generate_new_images(
     for start, chunk in zip(noise.split(500), labels.to(device).split(500), strict=True):
         way = reverse_process(ddpm, start, chunk, guidance, n_steps, variance, generator)
         for left, x in zip(range(n_steps, -1, -1), way, strict=True):
-            if left in shown and not images:
+            if gif_name and left in shown and not images:
                 frames.append(tile(x[:100]))
             bar.update()
         images.append(x)
@@ -671,7 +672,7 @@ def unfinished(ddpm):
 
 
 def preview(ddpm, title, store_path):
-    """Draws ten images in 20 steps beside the weights; that can fail without ending the training."""
+    """Draws ten images in 20 steps beside the weights. A full disk doesn't end the training here."""
     images = generate_new_images(ddpm, 10, gif_name=None, sample_steps=20)
     with suppress(OSError):
         show_images(images, title, f"{Path(store_path).with_suffix('')}_10.png")
@@ -683,8 +684,8 @@ def training_loop(
     """Algorithm 1 of [1] on batches [x0, label] or [x0] of a DataLoader. -> loss of each epoch.
 
     After each epoch the weights go into `store_path`, and draw ten images if `display`. With
-    `resume` a loaded `ddpm` goes on, and ends as if never stopped: randomness depends on torch's
-    seed and the epoch alone. Raises BadInput, and FloatingPointError if the loss is not finite.
+    `resume` a loaded `ddpm` goes on, and ends as if never stopped if torch's seed, the data and
+    n_epochs are the same. Raises BadInput, and FloatingPointError if the loss is not finite.
     """
     require(isinstance(optim, torch.optim.Optimizer), f"optim must be an optimizer, not {optim}")
     require(Path(store_path).parent.is_dir(), f"there is no folder for {store_path}")
@@ -823,7 +824,7 @@ def run(flags=None):
 
 
 def keep_freed_memory():
-    """Tells glibc to: fetching memory again after each step takes an eighth of the training."""
+    """Tells glibc so: fetching it again in each step would take an eighth of the training."""
     with suppress(OSError, AttributeError):  # another system
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD
