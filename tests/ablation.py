@@ -93,6 +93,7 @@ CHANGED = {
     "average of the weights: drawn by": {"average": True},
     "Muon: Adam, rate 0.001": {"optimizer": torch.optim.Adam, "lr": 1e-3},
     "Muon: Adam, rate 0.004": {"optimizer": torch.optim.Adam, "lr": 4e-3},
+    "Muon: Adam, rate 0.008": {"optimizer": torch.optim.Adam, "lr": 8e-3},
 }
 
 
