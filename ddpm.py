@@ -104,8 +104,9 @@ class MyDDPM(nn.Module):
 
     `network` maps x (n, c, h, w) and t (n,) to the noise in x. If it has `n_classes`, it also
     takes labels (n,); if it has `predicts_v`, it returns v of [3] instead of the noise; its own
-    `n_steps` is the most it knows. Steps t are counted from 0 to n_steps - 1. `betas`, `alphas` and `alpha_bars` are buffers (n_steps,):
-    they move with the model and are saved with it. Raises BadInput for an impossible schedule.
+    `n_steps` is the most it knows. Steps t are counted from 0 to n_steps - 1. `betas`, `alphas`
+    and `alpha_bars` are buffers (n_steps,): they move with the model and are saved with it. Raises
+    BadInput for an impossible schedule.
     """
 
     def __init__(
@@ -302,10 +303,9 @@ def images_and_labels(batch, ddpm):
 def denoising_loss(ddpm, x0, label=None):
     """Algorithm 1 of [1] without its gradient step. -> mean squared error of the noise.
 
-    x0 is (n, c, h, w) in [-1, 1], label (n,) or None. All steps t count alike. But the
-    error is large where there is little noise, and a network that predicts v learns faster from
-    more of those steps: they are drawn in proportion to sqrt(alpha_bar), and each error is divided
-    by that density.
+    x0 is (n, c, h, w) in [-1, 1], label (n,) or None. All steps t count alike. But the error is
+    large where there is little noise, and a network that predicts v learns faster from more of
+    those steps: t is drawn in proportion to sqrt(alpha_bar), and errors divided by that density.
     """
     n, device = len(x0), x0.device
     density = ddpm.alpha_bars.sqrt() if ddpm.predicts_v else torch.ones_like(ddpm.alpha_bars)
@@ -411,7 +411,10 @@ def predict_x0(ddpm, x, t, label=None, guidance=1.0):
 
 
 def falling_steps(n, highest):
-    """-> n > 1 falling whole numbers from `highest` to 0, denser when low, none of them twice."""
+    """-> n falling whole numbers from `highest` to 0, the lower the denser, none of them twice.
+
+    A single one is `highest`.
+    """
     steps = highest * np.linspace(1, 0, n) ** 2
     return np.maximum(steps.round(), np.arange(n)[::-1]).astype(int).tolist()
 
@@ -672,7 +675,7 @@ def unfinished(ddpm):
 
 
 def preview(ddpm, title, store_path):
-    """Draws ten images in 20 steps beside the weights. A full disk doesn't end the training here."""
+    """Draws ten images in 20 steps beside the weights; a full disk doesn't end the training here."""
     images = generate_new_images(ddpm, 10, gif_name=None, sample_steps=20)
     with suppress(OSError):
         show_images(images, title, f"{Path(store_path).with_suffix('')}_10.png")

@@ -82,7 +82,6 @@ CHANGED = {
     "density of t: uniform": {"loss": partial(denoising_loss, density=False)},
     "weight: alpha_bar^-1/2": {"loss": partial(denoising_loss, power=0.5)},
     "weight: the error of v": {"loss": partial(denoising_loss, power=1)},
-    "Muon: Adam, rate 0.002": {"optimizer": torch.optim.Adam, "lr": 2e-3},
     "all: the report's loop": {
         "network": partial(PlainNoise, n_classes=0),
         "loss": partial(denoising_loss, density=False, parts=False),
@@ -90,10 +89,11 @@ CHANGED = {
         "lr": 1e-3,
         "batch_size": 128,
     },
-    "average of the weights: drawn by": {"average": True},
     "Muon: Adam, rate 0.001": {"optimizer": torch.optim.Adam, "lr": 1e-3},
+    "Muon: Adam, rate 0.002": {"optimizer": torch.optim.Adam, "lr": 2e-3},
     "Muon: Adam, rate 0.004": {"optimizer": torch.optim.Adam, "lr": 4e-3},
     "Muon: Adam, rate 0.008": {"optimizer": torch.optim.Adam, "lr": 8e-3},
+    "average of the weights: drawn by": {"average": True},
 }
 
 
