@@ -675,7 +675,7 @@ def unfinished(ddpm):
 
 
 def preview(ddpm, title, store_path):
-    """Draws ten images in 20 steps beside the weights; a full disk doesn't end the training here."""
+    """Draws ten images in 20 steps beside the weights; a full disk does not end the training."""
     images = generate_new_images(ddpm, 10, gif_name=None, sample_steps=20)
     with suppress(OSError):
         show_images(images, title, f"{Path(store_path).with_suffix('')}_10.png")
@@ -763,7 +763,7 @@ def read_flags(argv=None):
 def make_model(flags, store_path, device):
     """-> MyDDPM, new or from the file, whose flags then replace those in `flags`.
 
-    Raises BadInput if a flag that was given differs; `fashion` counts as given, as it names the file.
+    Raises BadInput if a given flag differs; `fashion` counts as given, as it names the file.
     """
     if not flags.no_train and not flags.resume:
         schedule = [flags.n_steps, flags.min_beta, flags.max_beta]
