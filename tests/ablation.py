@@ -231,13 +231,13 @@ def ablate(fashion, args):
 def curves(args):
     """Prints the table of the recipe in so many images, and draws all sets into one picture."""
     figure, axes = plt.subplots(figsize=(7, 5))
-    for name in args.sets:
+    for color, name in enumerate(args.sets):
         table = Table(name == "fashion", args, name)
         table.finished(name == "fashion")
         rows = [table.train("", n_images) for n_images in args.curve]
         for column, style in (("FID* x1", ":"), (GUIDED, "-")):
             seconds, fids = ([row[key] for row in rows] for key in ("seconds", column))
-            axes.loglog(seconds, fids, style, marker=".", label=f"{name}, {column}")
+            axes.loglog(seconds, fids, f"C{color}.{style}", label=f"{name}, {column}")
     axes.set(xlabel="seconds of training", ylabel=f"FID* of {args.n:,} images in 25 steps")
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(LogFormatter())
