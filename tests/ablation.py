@@ -235,9 +235,10 @@ def curves(args):
         table = Table(name == "fashion", args, name)
         table.finished(name == "fashion")
         rows = [table.train("", n_images) for n_images in args.curve]
-        for column, style in (("FID* x1", ":"), (GUIDED, "-")):
+        for guidance, column, style in ((1, "FID* x1", ":"), (ddpm.guidance, GUIDED, "-")):
             seconds, fids = ([row[key] for row in rows] for key in ("seconds", column))
-            axes.loglog(seconds, fids, f"C{color}.{style}", label=f"{name}, {column}")
+            label = f"{name}, guidance {guidance:g}"
+            axes.loglog(seconds, fids, f"C{color}.{style}", label=label)
     axes.set(xlabel="seconds of training", ylabel=f"FID* of {args.n:,} images in 25 steps")
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(LogFormatter())
