@@ -26,7 +26,7 @@ from unittest import mock
 import matplotlib.pyplot as plt
 import torch
 from matplotlib.ticker import LogFormatter
-from quality import DEVICE, ROOT, Judge, clock, ddpm, draw, features, frechet
+from quality import DEVICE, ROOT, Judge, clock, ddpm, draw, features, frechet, other_class
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
@@ -135,6 +135,7 @@ class Table:
 
     def __init__(self, fashion, args, first):
         self.n, self.seed = args.n, args.seed
+        self.weights = ROOT / "outputs" / ("fashion.pt" if fashion else "mnist.pt")
         judge = Judge(fashion, args.n, learn=False)
         self.net, self.balanced = judge.net, judge.test_feats
         self.natural = features(judge.net, judge.test)
@@ -157,10 +158,9 @@ class Table:
         self.row(name, found)
         return found
 
-    def finished(self, fashion):
+    def finished(self):
         """Prints the row of the weights in outputs/. -> the model."""
-        name = "fashion.pt" if fashion else "mnist.pt"
-        model = ddpm.load_model(ROOT / "outputs" / name, DEVICE)
+        model = ddpm.load_model(self.weights, DEVICE)
         found = {**self.losses(model), **self.pictures(model)}
         self.row("outputs/: the default training", found)
         return model
@@ -184,8 +184,7 @@ class Table:
             feats = self.drawn(model, steps, ddpm.guidance)
             asked = torch.arange(self.n) % model.n_classes
             found[GUIDED] = self.fid(feats, model)
-            others = self.net.head(feats).argmax(1).cpu() != asked
-            found["other"] = round(100 * others.double().mean().item(), 2)
+            found["other"] = round(other_class(self.net, feats, asked), 2)
         return found
 
     def drawn(self, model, steps, guidance):
@@ -213,7 +212,7 @@ def without_ramp(model):
 def ablate(fashion, args):
     """Prints the table of the recipe with one thing changed, in drawing and then in training."""
     table = Table(fashion, args, "changed")
-    model = table.finished(fashion)
+    model = table.finished()
     with without_ramp(model):
         feats = table.drawn(model, 25, 1)
     table.row("ramp of the guidance: none", {GUIDED: table.fid(feats, model)})
@@ -233,7 +232,7 @@ def curves(args):
     figure, axes = plt.subplots(figsize=(7, 5))
     for color, name in enumerate(args.sets):
         table = Table(name == "fashion", args, name)
-        table.finished(name == "fashion")
+        table.finished()
         rows = [table.train("", n_images) for n_images in args.curve]
         for guidance, column, style in ((1, "FID* x1", ":"), (ddpm.guidance, GUIDED, "-")):
             seconds, fids = ([row[key] for row in rows] for key in ("seconds", column))

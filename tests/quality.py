@@ -145,6 +145,11 @@ def frechet(a, b):
     return float(shift + np.trace(cov_a) + np.trace(cov_b) - 2 * cross)
 
 
+def other_class(net, feats, labels):
+    """Features, labels (n,) -> % of them that the classifier takes for another class."""
+    return 100 * (net.head(feats).argmax(1).cpu() != labels).double().mean().item()
+
+
 def precision_recall(real, fake, k=3, chunk=1000):
     """Features -> share of fakes among the real ones, and of real ones among the fakes.
 
@@ -216,14 +221,14 @@ class Judge:
     def row(self, name, images, labels, seconds=None, skip=()):
         """Prints a row for images (n, 28, 28) uint8 of the classes `labels` (n,)."""
         feats = features(self.net, images)
-        found = {"other": 100 * (self.net.head(feats).argmax(1).cpu() != labels).double().mean()}
+        found = {"other": other_class(self.net, feats, labels)}
         if "FID*" not in skip:
             found["FID*"], found["+-"] = frechet_and_error(feats, self.test_feats)
             found["floors"] = found["FID*"] / self.floor
             shares = precision_recall(self.test_feats, feats)
             found["precision"], found["recall"] = (100 * share for share in shares)
             if self.learn:
-                found["learner"] = 100 * self.accuracy(images, labels)
+                found["learner"] = self.accuracy(images, labels)
         if "nearest" not in skip:
             found["nearest"] = nearest(images, self.train).median()
         if seconds is not None:
@@ -232,11 +237,10 @@ class Judge:
         print(f"{name:22}" + "".join(cells), flush=True)
 
     def accuracy(self, images, labels):
-        """-> test accuracy of a classifier trained on `images` only."""
+        """-> test accuracy, in %, of a classifier trained on `images` only."""
         with torch.enable_grad():
             learner = train_classifier(images, labels, n_epochs=12)
-        found = learner.head(features(learner, self.test)).argmax(1).cpu()
-        return (found == self.test_labels).double().mean().item()
+        return 100 - other_class(learner, features(learner, self.test), self.test_labels)
 
 
 def main(argv=None):
@@ -248,8 +252,8 @@ def main(argv=None):
     parser.add_argument("--seed", type=int, default=0, help="of the images (%(default)s)")
     parser.add_argument("--no-learner", action="store_true", help="leave out its accuracy")
     args = parser.parse_args(argv)
-    if not 100 <= args.n <= 50_000:
-        parser.error("--n must be within 100..50000")
+    if not 128 <= args.n <= 50_000:
+        parser.error("--n must be within 128..50000")
     judges = {}
     for path in args.weights or [ROOT / "outputs" / "mnist.pt", ROOT / "outputs" / "fashion.pt"]:
         model = ddpm.load_model(path, DEVICE)
