@@ -1,34 +1,38 @@
-"""What is each idea worth, and each minute? Run by hand on an idle machine: it takes hours.
+"""What is each idea worth? Run by hand on an idle machine: it takes hours.
 
     python tests/ablation.py                              the recipe, and with one thing changed
     python tests/ablation.py mnist --images 60000         one data set, and shorter trainings
     python tests/ablation.py --curve 5000 15000 60000     the recipe in so many images, a picture
+    python tests/ablation.py --passes 1 3 10 30           only a picture: the same noise, drawn
+                                                          after so many passes over all images
     python tests/ablation.py --guidance 0 1 2 4           only a picture: the same noise, guided so
 
 What is changed in drawing is tried on the weights in outputs/. Each later row is a training of its
 own, from the same seed, of the same number of images; "seconds" is what it took. The learning rate
 rises and falls over just these images, so a point of the curve is a finished short training, not
-the start of a long one. ddpm.train_epoch trains all of them; what is taken out or put in is
+the start of a long one. ddpm.training_loop trains all of them; what is taken out or put in is
 replaced at its name in ddpm.py.
 
 5,000 training images are held back, but not from the weights in outputs/: "t = 20" is the mean
-squared error of the noise in them at this step. FID* (see quality.py) is that of 2,000 images in
-25 steps against the test images, with guidance 1 (none) and with that of ddpm.py. "other" is the
-share, in %, that the classifier takes for a class not asked for, with the latter guidance. The
-report's loop has its batches of 128, but our network and our way of reading images and drawing.
+squared error of the noise in them at this step. "FID* x2" (see quality.py) is that of 2,000 images
+in 25 steps against the test images, with guidance 2, and "other" the share of them, in %, that the
+classifier takes for a class not asked for. The report's loop has its batches of 128, but our
+network and our way of reading images and drawing.
 """
 
 import argparse
+import tempfile
 from functools import partial
 from pathlib import Path
 from unittest import mock
 
 import matplotlib.pyplot as plt
 import torch
-from matplotlib.ticker import LogFormatter
-from quality import DEVICE, ROOT, Judge, clock, ddpm, draw, features, frechet, other_class
-from torch.optim.swa_utils import AveragedModel
+from matplotlib.ticker import LogFormatter, NullFormatter
+from quality import DEVICE, Judge, clock, ddpm, draw, features, frechet, other_class, quietly
 from torch.utils.data import DataLoader, RandomSampler, TensorDataset
+
+OUTPUTS = Path(ddpm.out_dir)
 
 
 def denoising_loss(model, x0, label=None, density=True, parts=True, power=0.0):
@@ -45,7 +49,7 @@ def denoising_loss(model, x0, label=None, density=True, parts=True, power=0.0):
     t = torch.searchsorted(table.cumsum(0) / model.n_steps, u).clamp(max=model.n_steps - 1)
     eta = torch.randn_like(x0)
     if label is not None:
-        label = label.masked_fill(torch.rand(n, device=device) < 0.1, model.n_classes)
+        label = label.masked_fill(torch.rand(n, device=device) < 0.1, model.network.n_classes)
     eta_theta = model.backward(model(x0, t, eta), t, label)
     errors = (eta_theta - eta).square().mean((1, 2, 3))
     return (errors / table[t] / model.alpha_bars[t] ** power).mean()
@@ -55,10 +59,13 @@ def denoising_loss(model, x0, label=None, density=True, parts=True, power=0.0):
 def check_loss():
     """Stops unless denoising_loss, with nothing taken out, is that of ddpm.py."""
     model = ddpm.MyDDPM(ddpm.MyUNet(), device=DEVICE)
+    for p in model.parameters():
+        p.normal_(std=0.1)  # a new network says 0, whatever the label
+    x0, label = torch.rand(64, 1, 28, 28, device=DEVICE), torch.arange(64, device=DEVICE) % 10
     found = []
     for loss in (ddpm.denoising_loss, denoising_loss):
         torch.manual_seed(0)
-        found.append(loss(model, torch.zeros(64, 1, 28, 28, device=DEVICE)))
+        found.append(loss(model, x0, label))
     if not torch.allclose(*found):
         raise SystemExit("ddpm.denoising_loss has changed: change tests/ablation.py with it")
 
@@ -70,7 +77,7 @@ class PlainNoise(ddpm.MyUNet):
 
 
 class ConstantAdam(torch.optim.Adam):
-    """Adam that keeps its learning rate, whatever train_epoch sets."""
+    """Adam that keeps its learning rate, whatever the training loop sets."""
 
     def step(self):
         for group in self.param_groups:
@@ -80,10 +87,18 @@ class ConstantAdam(torch.optim.Adam):
 
 CHANGED = {
     "labels: none": {"network": partial(ddpm.MyUNet, n_classes=0)},
-    "v: the network says the noise": {"network": PlainNoise},
-    "density of t: uniform": {"loss": partial(denoising_loss, density=False)},
+    "t: uniform": {"loss": partial(denoising_loss, density=False)},
+    "t: uniform; v: the noise itself": {
+        "network": PlainNoise,
+        "loss": partial(denoising_loss, density=False),
+    },
+    "t: drawn freely": {"loss": partial(denoising_loss, parts=False)},
     "weight: alpha_bar^-1/2": {"loss": partial(denoising_loss, power=0.5)},
     "weight: the error of v": {"loss": partial(denoising_loss, power=1)},
+    "Muon: Adam, rate 0.001": {"optimizer": torch.optim.Adam, "lr": 1e-3},
+    "Muon: Adam, rate 0.002": {"optimizer": torch.optim.Adam, "lr": 2e-3},
+    "Muon: Adam, rate 0.004": {"optimizer": torch.optim.Adam, "lr": 4e-3},
+    "Muon: Adam, rate 0.008": {"optimizer": torch.optim.Adam, "lr": 8e-3},
     "all: the report's loop": {
         "network": partial(PlainNoise, n_classes=0),
         "loss": partial(denoising_loss, density=False, parts=False),
@@ -91,11 +106,6 @@ CHANGED = {
         "lr": 1e-3,
         "batch_size": 128,
     },
-    "Muon: Adam, rate 0.001": {"optimizer": torch.optim.Adam, "lr": 1e-3},
-    "Muon: Adam, rate 0.002": {"optimizer": torch.optim.Adam, "lr": 2e-3},
-    "Muon: Adam, rate 0.004": {"optimizer": torch.optim.Adam, "lr": 4e-3},
-    "Muon: Adam, rate 0.008": {"optimizer": torch.optim.Adam, "lr": 8e-3},
-    "average of the weights: drawn by": {"average": True},
 }
 
 
@@ -103,47 +113,49 @@ def train(
     dataset,
     n_images,
     seed,
+    n_epochs=1,
+    path=None,
     network=ddpm.MyUNet,
     loss=ddpm.denoising_loss,
     optimizer=ddpm.Muon,
     lr=ddpm.lr,
     batch_size=ddpm.batch_size,
-    average=False,
 ):
-    """-> trained MyDDPM, or one with the average of its weights, and the seconds that it took."""
+    """-> MyDDPM, trained with n_images in each epoch, and the seconds that it took.
+
+    With a `path`, its weights are kept there, and an interrupted training goes on.
+    """
     torch.manual_seed(seed)
     model = ddpm.MyDDPM(network(), device=DEVICE)
-    averaged = AveragedModel(model, avg_fn=lambda mean, p, n: mean.lerp(p, 16 / (16 + n)))
     order = RandomSampler(dataset, num_samples=n_images)  # pass after pass, the last in part
     loader = DataLoader(dataset, batch_size, sampler=order)
     optim = optimizer(model.network.parameters(), lr)
-    if average:
-        optim.register_step_post_hook(lambda *_: averaged.update_parameters(model))
     start = clock()
-    with mock.patch.object(ddpm, "denoising_loss", loss):
-        for _ in ddpm.train_epoch(model, loader, optim, 1, 1):
-            pass
-    return averaged.module if average else model, clock() - start
+    with tempfile.TemporaryDirectory() as folder, mock.patch.object(ddpm, "denoising_loss", loss):
+        path = path or f"{folder}/weights.pt"
+        resume = Path(f"{path}.training").exists()
+        ddpm.training_loop(model, loader, n_epochs, optim, store_path=path, resume=resume)
+    return model, clock() - start
 
 
-GUIDED = f"FID* x{ddpm.guidance:g}"
-COLUMNS = ["images", "seconds", "t = 20", "t = 100", "t = 300", "FID* x1", GUIDED, "other"]
+GUIDANCES = sorted({1, 1.5, 2, ddpm.guidance})
+COLUMNS = ["images", "seconds", "t = 20", "t = 100", "t = 300"]
+COLUMNS += [f"{name} x{guidance:g}" for name in ("FID*", "other") for guidance in GUIDANCES]
 
 
 class Table:
     """Judges models of one data set, and prints a row for each."""
 
-    def __init__(self, fashion, args, first):
-        self.n, self.seed = args.n, args.seed
-        self.weights = ROOT / "outputs" / ("fashion.pt" if fashion else "mnist.pt")
-        judge = Judge(fashion, args.n, learn=False)
+    def __init__(self, name, args, first):
+        self.name, self.n, self.seed = name, args.n, args.seed
+        judge = Judge(name == "fashion", args.n, learn=False)
         self.net, self.balanced = judge.net, judge.test_feats
         self.natural = features(judge.net, judge.test)
-        dataset = ddpm.load_data(fashion)
+        dataset = ddpm.load_data(name == "fashion")
         order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))
         self.held_out = [part.to(DEVICE) for part in dataset[order[:5000]]]
         self.dataset = TensorDataset(*dataset[order[5000:]])
-        print(f"\n{first:34}" + "".join(f"{name:>11}" for name in COLUMNS))
+        print(f"\n{first:34}" + "".join(f"{column:>11}" for column in COLUMNS))
 
     def row(self, name, found):
         """Prints a cell for each of COLUMNS, or a dash if it was not found."""
@@ -152,18 +164,18 @@ class Table:
 
     def train(self, name, n_images, **recipe):
         """Trains a model and prints its row. -> the row."""
-        model, seconds = train(self.dataset, n_images, self.seed, **recipe)
+        model, seconds = quietly(train, self.dataset, n_images, self.seed, **recipe)
         found = {"images": n_images, "seconds": round(seconds)}
         found |= {**self.losses(model), **self.pictures(model)}
         self.row(name, found)
         return found
 
-    def finished(self):
-        """Prints the row of the weights in outputs/. -> the model."""
-        model = ddpm.load_model(self.weights, DEVICE)
-        found = {**self.losses(model), **self.pictures(model)}
-        self.row("outputs/: the default training", found)
-        return model
+    def finished(self, *steps):
+        """Prints a row for the weights in outputs/, for each number of steps to draw in."""
+        model = ddpm.load_model(OUTPUTS / f"{self.name}.pt", DEVICE)
+        for n in steps:
+            found = {**self.losses(model), **self.pictures(model, n, GUIDANCES)}
+            self.row(f"outputs/, drawn in {n:,} steps", found)
 
     @torch.no_grad()
     def losses(self, model):
@@ -172,117 +184,120 @@ class Table:
             torch.manual_seed(0)  # the same noise for all models
             errors = []
             for x0, label in zip(*(part.split(500) for part in self.held_out), strict=True):
+                label = label if model.network.n_classes else None
                 eta = torch.randn_like(x0)
                 errors.append((model.backward(model(x0, t, eta), t, label) - eta).square())
             found[f"t = {t}"] = round(torch.cat(errors).mean().item(), 5)
         return found
 
-    def pictures(self, model, steps=25):
-        """-> what the judge says of images without guidance, and with it if there are labels."""
-        found = {"FID* x1": self.fid(self.drawn(model, steps, 1), model)}
-        if model.n_classes:
-            feats = self.drawn(model, steps, ddpm.guidance)
-            asked = torch.arange(self.n) % model.n_classes
-            found[GUIDED] = self.fid(feats, model)
-            found["other"] = round(other_class(self.net, feats, asked), 2)
+    def pictures(self, model, steps=25, guidances=(1, ddpm.guidance)):
+        """-> what the judge says of the images that the model draws."""
+        found, labels = {}, model.network.n_classes > 0
+        # Without labels a class is drawn as often as it occurs, as in all test images.
+        real = self.balanced if labels else self.natural
+        for guidance in guidances if labels else [1]:
+            how = {"guidance": guidance, "sample_steps": steps, "SEED": self.seed}
+            feats = features(self.net, draw(model, self.n, **how))
+            found[f"FID* x{guidance:g}"] = round(frechet(feats, real), 3)
+            if labels:
+                other = other_class(self.net, feats, torch.arange(self.n) % 10)
+                found[f"other x{guidance:g}"] = round(other, 2)
         return found
 
-    def drawn(self, model, steps, guidance):
-        """-> features of the images that the model draws."""
-        how = {"guidance": guidance, "sample_steps": steps, "SEED": self.seed}
-        return features(self.net, draw(model, self.n, **how))
 
-    def fid(self, feats, model):
-        # Without labels a class is drawn as often as it occurs, as in all test images.
-        real = self.balanced if model.n_classes else self.natural
-        return round(frechet(feats, real), 3)
-
-
-def without_ramp(model):
-    """-> context in which the guidance counts in full at each step of drawing with guidance 1."""
-    backward = model.backward
-
-    def guided(x, t, label=None):
-        without_label = backward(x, t)
-        return without_label + ddpm.guidance * (backward(x, t, label) - without_label)
-
-    return mock.patch.object(model, "backward", guided)
-
-
-def ablate(fashion, args):
-    """Prints the table of the recipe with one thing changed, in drawing and then in training."""
-    table = Table(fashion, args, "changed")
-    model = table.finished()
-    with without_ramp(model):
-        feats = table.drawn(model, 25, 1)
-    table.row("ramp of the guidance: none", {GUIDED: table.fid(feats, model)})
-    table.row("few steps: 50 in place of 25", table.pictures(model, 50))
-    if not args.no_full_chain:
-        table.row("few steps: the full chain", table.pictures(model, model.n_steps))
+def ablate(name, args):
+    """Prints the table: other ways of drawing, and then of training, one thing changed in each."""
+    check_loss()
+    table = Table(name, args, "changed")
+    table.finished(25, 50, *[] if args.no_full_chain else [ddpm.n_steps])
     table.train("nothing: the recipe", args.images)
-    for name, recipe in CHANGED.items():
+    for change, recipe in CHANGED.items():
         try:
-            table.train(name, args.images, **recipe)
+            table.train(change, args.images, **recipe)
         except FloatingPointError:
-            table.row(f"{name}, diverged", {})
+            table.row(f"{change}, diverged", {})
 
 
 def curves(args):
     """Prints the table of the recipe in so many images, and draws all sets into one picture."""
-    figure, axes = plt.subplots(figsize=(7, 5))
+    _, axes = plt.subplots(figsize=(7, 5))
     for color, name in enumerate(args.sets):
-        table = Table(name == "fashion", args, name)
-        table.finished()
+        table = Table(name, args, name)
+        table.finished(25)
         rows = [table.train("", n_images) for n_images in args.curve]
-        for guidance, column, style in ((1, "FID* x1", ":"), (ddpm.guidance, GUIDED, "-")):
-            seconds, fids = ([row[key] for row in rows] for key in ("seconds", column))
+        for guidance, style in ((1, ":"), (ddpm.guidance, "-")):
+            fids = [row[f"FID* x{guidance:g}"] for row in rows]
             label = f"{name}, guidance {guidance:g}"
-            axes.loglog(seconds, fids, f"C{color}.{style}", label=label)
-    axes.set(xlabel="seconds of training", ylabel=f"FID* of {args.n:,} images in 25 steps")
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter(LogFormatter())
-        axis.set_minor_formatter(LogFormatter())
+            axes.loglog(args.curve, fids, f"C{color}.{style}", label=label)
+    axes.set(xlabel="images seen in training", ylabel=f"FID* of {args.n:,} images in 25 steps")
+    axes.set_xticks(args.curve, [f"{n_images:,}" for n_images in args.curve])
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.yaxis.set_major_formatter(LogFormatter())
+    axes.yaxis.set_minor_formatter(LogFormatter())
     axes.grid(which="both", alpha=0.3)
     axes.legend()
-    ddpm.show_figure(figure, args.out_dir / "curve.png")
+    ddpm.show_figure(args.out_dir / "curve.png")
 
 
-def guided_picture(args):
-    """Draws ten images of each set, a row for each guidance, by the weights in outputs/."""
-    rows = []
-    models = [ddpm.load_model(ROOT / "outputs" / f"{name}.pt", DEVICE) for name in args.sets]
-    for guidance in args.guidance:
-        how = {"guidance": guidance, "sample_steps": 50, "gif_name": None, "SEED": args.seed}
-        rows += [ddpm.generate_new_images(model, 10, **how) for model in models]
-    title = (
-        f"Guidance {', '.join(f'{guidance:g}' for guidance in args.guidance)}, from top to bottom"
-    )
-    ddpm.show_images(torch.cat(rows), title, args.out_dir / "guidance.png", 10 * len(models))
+def trained(n_passes, name, args):
+    """-> path of the weights after so many passes over a whole set, trained if they are missing."""
+    path = args.weights_dir / f"{name}_{n_passes}.pt"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.exists() or not path.stat().st_size:  # an interrupted training leaves it empty
+        print(f"training {path}", flush=True)
+        dataset = ddpm.load_data(name == "fashion")
+        train(dataset, len(dataset), args.seed, n_passes, path)
+    return path
+
+
+def picture(args):
+    """Draws ten images of each set, the sets one above the other; the rows differ in one thing."""
+    if args.passes:
+        rows = {f"{n} pass" + "es" * (n > 1): (n, ddpm.guidance) for n in args.passes}
+    else:
+        rows = {f"guidance {guidance:g}": (None, guidance) for guidance in args.guidance}
+    figure, _ = plt.subplots(len(args.sets), figsize=(7, 0.6 * len(args.sets) * len(rows)))
+    for ax, name in zip(figure.axes, args.sets, strict=True):
+        images = []
+        for n_passes, guidance in rows.values():
+            path = trained(n_passes, name, args) if n_passes else OUTPUTS / f"{name}.pt"
+            how = {"guidance": guidance, "sample_steps": 100, "SEED": args.seed, "gif_name": None}
+            model = ddpm.load_model(path, DEVICE)
+            images.append(quietly(ddpm.generate_new_images, model, 10, **how))
+        grid = ddpm.tile(torch.cat(images), gap=1)
+        ax.imshow(grid, "gray", vmin=0, vmax=255, interpolation="nearest")
+        ax.set_yticks([14.5 + 29 * i for i in range(len(rows))], rows)
+        ax.set_xticks([])
+        ax.tick_params(length=0)
+    figure.tight_layout()
+    ddpm.show_figure(args.out_dir / ("passes.png" if args.passes else "guidance.png"))
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="Measure what each idea is worth, each minute.")
+    parser = argparse.ArgumentParser(description="Measure what each idea is worth, each pass.")
     parser.add_argument("sets", nargs="*", default=["mnist", "fashion"], help="mnist, fashion")
     parser.add_argument("--images", type=int, default=100_000, help="in each (%(default)s)")
-    parser.add_argument("--curve", type=int, nargs="+", help="images in each training")
-    parser.add_argument("--guidance", type=float, nargs="+", help="draw a picture of these")
+    other = parser.add_mutually_exclusive_group()
+    other.add_argument("--curve", type=int, nargs="+", help="images in each training")
+    other.add_argument("--passes", type=int, nargs="+", help="draw a picture after so many")
+    other.add_argument("--guidance", type=float, nargs="+", help="draw a picture of these")
     parser.add_argument("--n", type=int, default=2000, help="images for each FID* (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of training, drawing (%(default)s)")
     parser.add_argument("--no-full-chain", action="store_true", help="leave it out: it takes long")
-    parser.add_argument("--out-dir", type=Path, default=Path(ddpm.out_dir), help="of the pictures")
+    parser.add_argument("--out-dir", type=Path, default=OUTPUTS, help="of the pictures")
+    text = "where --passes finds <set>_<passes>.pt, and keeps what it trains (%(default)s)"
+    parser.add_argument("--weights-dir", type=Path, default=OUTPUTS / ".passes", help=text)
     args = parser.parse_args(argv)
     if not set(args.sets) <= {"mnist", "fashion"}:
         parser.error("the sets are mnist and fashion")
     args.out_dir.mkdir(parents=True, exist_ok=True)
-    if args.guidance:
-        guided_picture(args)
-        return
-    check_loss()
-    if args.curve:
+    if args.passes or args.guidance:
+        picture(args)
+    elif args.curve:
         curves(args)
-        return
-    for name in args.sets:
-        ablate(name == "fashion", args)
+    else:
+        for name in args.sets:
+            ablate(name, args)
 
 
 if __name__ == "__main__":

@@ -1,19 +1,15 @@
-"""How fast is it? Run by hand on an idle machine: python tests/benchmark.py [--whole]
+"""How fast is it? Run by hand, on an idle Linux machine: python tests/benchmark.py [--whole]
 
-A column is a kind of processor: this one, and the lesser ones that it can imitate, each in a
-process of its own. Columns take turns, and so do the two sides of a comparison, so that the
-machine's moods meet all. A cell is the median (smallest to largest), and its ratio to the first
-column. "Plain" is the same network in the report's loop: images one by one, Adam, fp32, and with
-the program's setting of the memory allocator, which makes it faster, too.
+Columns are this processor and, where it has AVX-512, one with AVX2 that it imitates, each in a
+process of its own. Columns take turns, so that the machine's moods meet both. A cell is the median
+(smallest to largest), and its ratio to the first column. "Plain" is the same network in the
+report's loop: images one by one, Adam, and a wait for the loss in each step.
 """
 
 import argparse
-import math
 import multiprocessing
 import os
-import platform
 import re
-import shutil
 import statistics
 import subprocess
 import sys
@@ -24,9 +20,10 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-from quality import DEVICE, ROOT, clock, ddpm, draw
+from ablation import train
+from quality import DEVICE, ROOT, clock, ddpm, draw, quietly
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Subset, TensorDataset
+from torch.utils.data import DataLoader, Subset
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
 from torchvision.datasets import MNIST
@@ -40,50 +37,15 @@ def seconds_of(function, *args, **kwargs):
 
 def new_model():
     """-> untrained model: trained weights would be neither faster nor slower."""
-    model = ddpm.MyDDPM(ddpm.MyUNet(ddpm.n_steps), ddpm.n_steps, device=DEVICE)
-    model.mixed_precision = ddpm.mixed_precision
-    return model
+    return ddpm.MyDDPM(ddpm.MyUNet(), device=DEVICE)
 
 
-def training(n):
-    """-> what train_epoch takes, with n images in an epoch."""
-    model = new_model()
-    loader = DataLoader(TensorDataset(*ddpm.load_data()[:n]), ddpm.batch_size, shuffle=True)
-    return model, loader, ddpm.Muon(model.network.parameters(), ddpm.lr), 1, 1
-
-
-def step_parts(n):
-    """-> mean ms of the parts of a step, over an epoch; the rest is data and rates."""
-    how, spent = training(n), {"forward": 0, "backward": 0, "optimizer": 0}
-
-    def timed(part, function):
-        def run(*args, **kwargs):
-            start = clock()
-            result = function(*args, **kwargs)
-            spent[part] += clock() - start
-            return result
-
-        return run
-
-    with (
-        mock.patch.object(ddpm, "denoising_loss", timed("forward", ddpm.denoising_loss)),
-        mock.patch.object(torch.Tensor, "backward", timed("backward", torch.Tensor.backward)),
-        mock.patch.object(ddpm.Muon, "step", timed("optimizer", ddpm.Muon.step)),
-    ):
-        whole = seconds_of(list, ddpm.train_epoch(*how))
-    parts = {**spent, "rest": whole - sum(spent.values()), "whole": whole}
-    step, n_steps = f"step of {ddpm.batch_size} images", n / ddpm.batch_size
-    ms = {f"{step}, ms: {part}": 1000 * s / n_steps for part, s in parts.items()}
-    return {**ms, f"{step}: whole / both passes": whole / (spent["forward"] + spent["backward"])}
-
-
-def plain_seconds(folder, n):
+def plain_seconds(n):
     """-> seconds of a pass over n images in the report's training loop."""
     model = new_model()
-    model.mixed_precision = False
     optim = torch.optim.Adam(model.parameters(), 1e-3)
     steps = [transforms.ToTensor(), transforms.Lambda(lambda x: (x - 0.5) * 2)]
-    dataset = Subset(MNIST(folder, transform=transforms.Compose(steps)), range(n))
+    dataset = Subset(MNIST(ddpm.data_dir, transform=transforms.Compose(steps)), range(n))
     start = clock()
     for batch in DataLoader(dataset, batch_size=128, shuffle=True):
         x0 = batch[0].to(DEVICE)
@@ -98,11 +60,37 @@ def plain_seconds(folder, n):
     return clock() - start
 
 
-def training_rates(folder, n):
-    """-> images a second of ddpm.py and of the plain loop, and their ratio."""
-    ours = n / seconds_of(list, ddpm.train_epoch(*training(n)))
-    plain = n / plain_seconds(folder, n)
-    return {"training, images/s": ours, "plain, images/s": plain, "ratio": ours / plain}
+def training_times(n):
+    """-> mean ms of the parts of a step, and images a second, of the plain loop, too.
+
+    The rest is data, rates, the check at the start and the file at the end.
+    """
+    dataset, spent = ddpm.load_data(), {"forward": 0, "backward": 0, "optimizer": 0}
+
+    def timed(part, function):
+        def run(*args, **kwargs):
+            start = clock()
+            result = function(*args, **kwargs)
+            spent[part] += clock() - start
+            return result
+
+        return run
+
+    loss = timed("forward", ddpm.denoising_loss)
+    with (
+        mock.patch.object(torch.Tensor, "backward", timed("backward", torch.Tensor.backward)),
+        mock.patch.object(ddpm.Muon, "step", timed("optimizer", ddpm.Muon.step)),
+    ):
+        whole = quietly(train, dataset, n, 0, loss=loss)[1]
+    parts = {**spent, "rest": whole - sum(spent.values()), "whole": whole}
+    step, n_steps = f"step of {ddpm.batch_size} images", n / ddpm.batch_size
+    found = {f"{step}, ms: {part}": 1000 * s / n_steps for part, s in parts.items()}
+    plain = plain_seconds(n)
+    return found | {
+        "training, images/s": n / whole,
+        "plain, images/s": n / plain,
+        "ratio": plain / whole,
+    }
 
 
 def muon_times():
@@ -121,8 +109,8 @@ def muon_times():
 
 
 def drawing_time(n, steps):
-    seconds = seconds_of(draw, new_model(), n, sample_steps=steps)
-    return {f"{n:,} images in {steps:,} steps, s": seconds}
+    how = {"guidance": ddpm.guidance, "sample_steps": steps}
+    return {f"{n:,} images in {steps:,} steps, s": seconds_of(draw, new_model(), n, **how)}
 
 
 def command_time(*flags):
@@ -130,7 +118,6 @@ def command_time(*flags):
     with tempfile.TemporaryDirectory() as folder:
         ddpm.store(Path(folder, "mnist.pt"), new_model(), [])
         command = [sys.executable, "ddpm.py", *flags, "--out-dir", folder]
-        command += [] if ddpm.mixed_precision else ["--no-mixed-precision"]
         nowhere = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
         seconds = seconds_of(subprocess.run, command, cwd=ROOT, check=True, **nowhere)
     return {f"{' '.join(['python ddpm.py', *flags])}, s": seconds}
@@ -138,58 +125,32 @@ def command_time(*flags):
 
 def forward_flop(n=8):
     """-> floating-point operations of the network for one image."""
-    x, t = torch.zeros(n, 1, 28, 28, device=DEVICE), torch.zeros(n, device=DEVICE).long()
+    x = torch.zeros(n, 1, 28, 28, device=DEVICE)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        new_model().backward(x, t)
+        new_model().backward(x, 0)
     return counter.get_total_flops() / n
 
 
-def product_rate():
-    """-> GFLOP/s of a 2048 x 2048 matrix product in the precision of the training."""
-    bf16 = ddpm.mixed_precision and ddpm.multiplies_bf16(DEVICE)
-    a, b = torch.randn(2, 2048, 2048, device=DEVICE).to(torch.bfloat16 if bf16 else torch.float32)
-    seconds = min(seconds_of(torch.matmul, a, b) for _ in range(20))
-    return {"product of 2048 x 2048, GFLOP/s": 2 * 2048**3 / seconds / 1e9}
-
-
 def peak_memory(n_drawn):
-    """-> peak of this process (on CUDA: of its tensors), in MB; 0 drawn is a step of training."""
+    """-> peak of this process (on CUDA: of its tensors), in MB; 0 drawn is a short training."""
     if n_drawn:
         drawing_time(n_drawn, 2)
     else:
-        next(ddpm.train_epoch(*training(ddpm.n_images)))
-    what = f"{n_drawn:,} images in 2 steps" if n_drawn else "a step of training"
-    peak = torch.cuda.max_memory_allocated() if DEVICE.type == "cuda" else 0
-    status = Path("/proc/self/status")
-    if not peak and status.exists():
-        peak = 1024 * int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1])
-    return {f"peak memory of {what}, MB": peak / 1e6 or math.nan}
+        quietly(train, ddpm.load_data(), 4 * ddpm.batch_size, 0)
+    what = f"{n_drawn:,} images in 2 steps" if n_drawn else "training"
+    if DEVICE.type == "cuda":
+        peak = torch.cuda.max_memory_allocated()
+    else:  # Linux only
+        peak = 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+    return {f"peak memory of {what}, MB": peak / 1e6}
 
 
-def set_precision(mixed_precision):
-    ddpm.mixed_precision = mixed_precision
-
-
-def new_process(environment, mixed_precision):
-    """-> pool of one process that imitates a lesser processor."""
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(1, context, set_precision, [mixed_precision])
+def new_process(environment):
+    """-> pool of one process, which imitates a lesser processor if the environment says so."""
+    pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
     with mock.patch.dict(os.environ, environment):
         pool.submit(os.getpid).result()  # which starts the process
     return pool
-
-
-def processors():
-    """-> {name: arguments of new_process} of this processor and those that it can imitate."""
-    can = torch.cpu.get_capabilities() if DEVICE.type == "cpu" else {}
-    found = {"native": ({}, True)}
-    if can.get("amx_bf16"):
-        limit = {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16"}
-        found["AVX-512 with bf16, no AMX"] = (limit, True)
-    if can.get("avx512_f"):
-        limits = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
-        found["AVX2, fp32"] = (limits, False)
-    return found
 
 
 def row(label, columns):
@@ -204,49 +165,35 @@ def row(label, columns):
 
 
 def measure(pools, repeats, function, *args):
-    """Lets the processes take turns, of several the first to warm up. -> medians in each."""
+    """Lets the processes take turns, of several the first to warm up. -> medians of each row."""
     turns = [[pool.submit(function, *args).result() for pool in pools] for _ in range(repeats)]
-    found = []
+    found = {}
     for label in turns[0][0]:
         columns = [[one[label] for one in column] for column in zip(*turns[1:] or turns)]
         row(label, columns)
-        found.append([statistics.median(values) for values in columns])
+        found[label] = [statistics.median(values) for values in columns]
     return found
 
 
 def measure_all(pools, repeats, n, few_steps, all_steps):
     """Prints all rows, the last of them an estimate of the default command."""
-    measure(pools, repeats, step_parts, n)
-    with tempfile.TemporaryDirectory() as folder:
-        shutil.copytree(ROOT / "datasets" / "MNIST", Path(folder, "MNIST"))
-        MNIST(folder, download=True)  # which only unpacks
-        rates = measure(pools, repeats, training_rates, folder, n)[0]
-    limits = measure(pools, repeats, product_rate)[0]
-    # The backward pass costs two forward passes; the optimizer's products are not counted.
-    gflop = 3 * forward_flop() / 1e9
-    shares = [[100 * rate * gflop / limit] for rate, limit in zip(rates, limits, strict=True)]
-    row("of that rate in training, %", shares)
+    rates = measure(pools, repeats, training_times, n)["training, images/s"]
     measure(pools, 4 * repeats, muon_times)
-    drawing = [measure(pools, repeats, drawing_time, 100, steps)[0] for steps in few_steps]
-    full = measure(pools, 1, drawing_time, 100, all_steps)[0]
+    for steps in few_steps:
+        [few] = measure(pools, repeats, drawing_time, 100, steps).values()
+    [full] = measure(pools, 1, drawing_time, 100, all_steps).values()
     command = ["--no-train", "--sample-steps", str(few_steps[-1])]
-    whole = measure(pools, repeats, command_time, *command)[0]
+    [whole] = measure(pools, repeats, command_time, *command).values()
     total = ddpm.n_epochs * ddpm.n_images
-    minutes = [
-        [(total / rate + chain + start - part) / 60]
-        for rate, chain, start, part in zip(rates, full, whole, drawing[-1], strict=True)
-    ]
+    times = zip(rates, full, whole, few, strict=True)
+    minutes = [[(total / rate + chain + start - part) / 60] for rate, chain, start, part in times]
     row("ESTIMATE from these: python ddpm.py, min", minutes)
 
 
 def processor():
     if DEVICE.type == "cuda":
         return torch.cuda.get_device_name()
-    info = Path("/proc/cpuinfo")
-    text = info.read_text() if info.exists() else f"model name: {platform.processor()}"
-    names = ("avx2", "avx512_f", "avx512_bf16", "amx_bf16")
-    found = [name for name in names if torch.cpu.get_capabilities().get(name)]
-    return f"{re.search(r'model name.*: (.*)', text)[1]} ({', '.join(found) or 'no AVX2'})"
+    return re.search(r"model name.*: (.*)", Path("/proc/cpuinfo").read_text())[1]
 
 
 def main(argv=None):
@@ -255,14 +202,15 @@ def main(argv=None):
     parser.add_argument("--quick", action="store_true", help="only to see that all of it works")
     parser.add_argument("--whole", action="store_true", help="time the default command, too")
     args = parser.parse_args(argv)
+    ddpm.load_data()  # unpacks the archives
     count = sum(p.numel() for p in new_model().parameters())
     print(f"{processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     print(f"network: {count:,} parameters, {forward_flop() / 1e6:.1f} MFLOP an image (forward)")
-    kinds = processors()
-    if len(kinds) == 1:
-        print("nothing lesser than this processor can be imitated")
+    kinds = {"native": {}}
+    if DEVICE.type == "cpu" and torch.cpu.get_capabilities().get("avx512_f"):
+        kinds["AVX2"] = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
     print(f"\n{'':48}" + "".join(f"{name:>36}" for name in kinds))
-    pools = [new_process(*kind) for kind in kinds.values()]
+    pools = [new_process(kind) for kind in kinds.values()]
     if args.quick:
         measure_all(pools, 2, 4 * ddpm.batch_size, [2, 3], 4)
     else:
@@ -271,7 +219,7 @@ def main(argv=None):
         flags = ["--n-images=256", "--n-epochs=1", "--sample-steps=4"] if args.quick else []
         measure(pools, 1, command_time, *flags)
     for n_drawn in (0, 200 if args.quick else 10_000):
-        fresh = [new_process(*kind) for kind in kinds.values()]  # a peak stays
+        fresh = [new_process(kind) for kind in kinds.values()]  # a peak stays
         measure(fresh, 1, peak_memory, n_drawn)
 
 

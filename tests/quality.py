@@ -9,7 +9,6 @@ uses the features of Inception, a network of colour photographs.
 """
 
 import argparse
-import contextlib
 import hashlib
 import inspect
 import itertools
@@ -17,6 +16,7 @@ import os
 import sys
 import tempfile
 import time
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import numpy as np
@@ -28,8 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import ddpm
 
-ddpm.keep_freed_memory()  # as the program does
-DEVICE = ddpm.find_device()
+DEVICE = torch.device(ddpm.device)
 NAMES = {False: "MNIST", True: "Fashion-MNIST"}
 
 
@@ -101,10 +100,15 @@ def clock():
     return time.perf_counter()
 
 
+def quietly(function, *args, **kwargs):
+    """-> what the function returns; its progress is not shown."""
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        return function(*args, **kwargs)
+
+
 def draw(model, n, **how):
-    """-> n generated images (n, 28, 28) uint8, every class in turn, without a word on progress."""
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-        images = ddpm.generate_new_images(model, n, DEVICE, gif_name=None, **how)
+    """-> n generated images (n, 28, 28) uint8, every class in turn."""
+    images = quietly(ddpm.generate_new_images, model, n, DEVICE, gif_name=None, **how)
     return to_uint8(images).cpu()
 
 
@@ -212,7 +216,7 @@ class Judge:
         choice = order[in_turn(train_labels[order])[:n]]
         self.floor = frechet(features(self.net, self.train[choice]), self.test_feats)
         print(f"\n{NAMES[fashion]}: {n:,} images a row against {len(balanced):,} test images\n")
-        print(f"{'images':22}" + "".join(f"{name:>10}" for name in COLUMNS))
+        print(f"{'images':28}" + "".join(f"{name:>10}" for name in COLUMNS))
         self.row("training images", self.train[choice], train_labels[choice], skip=["nearest"])
         skip = ["FID*", "+-", "floors", "learner", "precision", "recall"]
         self.row("test images", self.test, self.test_labels, skip=skip)
@@ -234,7 +238,7 @@ class Judge:
         if seconds is not None:
             found["seconds"] = seconds
         cells = [f"{found[key]:10.3f}" if key in found else f"{'-':>10}" for key in COLUMNS]
-        print(f"{name:22}" + "".join(cells), flush=True)
+        print(f"{name:28}" + "".join(cells), flush=True)
 
     def accuracy(self, images, labels):
         """-> test accuracy, in %, of a classifier trained on `images` only."""
@@ -245,7 +249,7 @@ class Judge:
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Measure the quality of generated images.")
-    parser.add_argument("weights", nargs="*", type=Path, help="default: those in outputs/")
+    parser.add_argument("weights", nargs="*", type=Path, help="'fashion' in the name: of clothes")
     parser.add_argument("--n", type=int, default=10_000, help="images a row (%(default)s)")
     parser.add_argument("--sample-steps", type=int, nargs="+", default=[50], help="a row each")
     parser.add_argument("--guidance", type=float, nargs="+", default=[ddpm.guidance], help="too")
@@ -257,7 +261,7 @@ def main(argv=None):
     judges = {}
     for path in args.weights or [ROOT / "outputs" / "mnist.pt", ROOT / "outputs" / "fashion.pt"]:
         model = ddpm.load_model(path, DEVICE)
-        fashion = model.info["flags"]["fashion"]
+        fashion = "fashion" in path.name
         if fashion not in judges:
             judges[fashion] = Judge(fashion, args.n, not args.no_learner)
         for steps, guidance in itertools.product(args.sample_steps, args.guidance):
