@@ -81,11 +81,11 @@ out_dir = str(FILE.parent / "outputs")  # folder of the weights and pictures
 class MyDDPM(nn.Module):
     """The forward process with its linear schedule, and the network that undoes it [1].
 
-    `network` maps x (n, c, h, w), steps t (n,) and labels (n,) or None to the noise in x, or to v
-    of [3] if its `predicts_v` is true; its `n_classes` is how many labels it knows, or 0. Images
-    are (c, h, w) = `image_chw`. The schedule is in buffers (n_steps,), which move with the model
-    and are saved with it: betas, alphas = 1 - betas, and alpha_bars, their products up to t, which
-    say how much of the image's variance is left. Raises ValueError if a schedule can't work.
+    `network` maps x (n, c, h, w), steps t (n,) and labels (n,) to the noise in x, or to v of [3] if
+    its `predicts_v` is true. Labels go from 0 to its `n_classes`, which stands for none. Images are
+    (c, h, w) = `image_chw`. The schedule is in buffers (n_steps,), which move with the model and
+    are saved with it: betas, alphas = 1 - betas, and alpha_bars, their products up to t, which say
+    how much of the image's variance is left. Raises ValueError if a schedule can't work.
     """
 
     def __init__(
@@ -121,6 +121,7 @@ class MyDDPM(nn.Module):
         """
         if isinstance(t, int):
             t = torch.full((len(x),), t, device=x.device)
+        label = torch.full_like(t, self.network.n_classes) if label is None else label
         prediction = self.network(x, t.flatten(), label)
         if not self.network.predicts_v:
             return prediction
@@ -187,9 +188,8 @@ class MyUNet(nn.Module):
         self.leave = nn.Sequential(norm, nn.SiLU(), last, nn.PixelShuffle(2))
         self.to(memory_format=torch.channels_last)  # convolutions are faster so
 
-    def forward(self, x, t, label=None):
+    def forward(self, x, t, label):
         """x (n, c, h, w), t and label (n,) or (n, 1) -> v (n, c, h, w)."""
-        label = torch.full_like(t, self.n_classes) if label is None else label
         emb = F.silu(self.time(self.embedding[t.flatten()]) + self.label(label.flatten()))
         at_half = self.enter(x)
         for block in self.half_down:

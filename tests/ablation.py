@@ -2,22 +2,22 @@
 
     python tests/ablation.py                              the recipe, and with one thing changed
     python tests/ablation.py mnist --images 60000         one data set, and shorter trainings
-    python tests/ablation.py --curve 5000 15000 60000     the recipe in so many images, a picture
-    python tests/ablation.py --passes 1 3 10 30           only a picture: the same noise, drawn
-                                                          after so many passes over all images
+    python tests/ablation.py --passes 1 3 10 30           what more passes over all images buy:
+                                                          a table, a curve, and the same noise
+                                                          drawn after each
     python tests/ablation.py --guidance 0 1 2 4           only a picture: the same noise, guided so
 
 What is changed in drawing is tried on the weights in outputs/. Each later row is a training of its
 own, from the same seed, of the same number of images; "seconds" is what it took. The learning rate
-rises and falls over just these images, so a point of the curve is a finished short training, not
-the start of a long one. ddpm.training_loop trains all of them; what is taken out or put in is
-replaced at its name in ddpm.py.
+rises and falls over just these images: three passes are a finished short training, not the start of
+a long one. ddpm.training_loop trains all of them; what is taken out or put in is replaced at its
+name in ddpm.py.
 
-5,000 training images are held back, but not from the weights in outputs/: "t = 20" is the mean
-squared error of the noise in them at this step. "FID* x2" (see quality.py) is that of 2,000 images
-in 25 steps against the test images, with guidance 2, and "other" the share of them, in %, that the
-classifier takes for a class not asked for. The report's loop has its batches of 128, but our
-network and our way of reading images and drawing.
+5,000 training images are held back, but not from the weights in outputs/ and those of --passes:
+"t = 20" is the mean squared error of the noise in them at this step. "FID* x2" (see quality.py) is
+that of 2,000 images in 25 steps against the test images, with guidance 2, and "other" the share of
+them, in %, that the classifier takes for a class not asked for. The report's loop has its batches
+of 128, but our network and our way of reading images and drawing.
 """
 
 import argparse
@@ -35,11 +35,11 @@ from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 OUTPUTS = Path(ddpm.out_dir)
 
 
-def denoising_loss(model, x0, label=None, density=True, parts=True, power=0.0):
+def denoising_loss(model, x0, label=None, density=True, parts=True, of_v=False):
     """ddpm.denoising_loss, and what can be changed in it.
 
     `density` and `parts` say how the steps are drawn, without a change of what is minimized. That
-    is the error of the noise with `power` 0, that of v with 1.
+    is the error of the noise, or `of_v`.
     """
     n, device = len(x0), x0.device
     root = model.alpha_bars.sqrt()
@@ -52,7 +52,8 @@ def denoising_loss(model, x0, label=None, density=True, parts=True, power=0.0):
         label = label.masked_fill(torch.rand(n, device=device) < 0.1, model.network.n_classes)
     eta_theta = model.backward(model(x0, t, eta), t, label)
     errors = (eta_theta - eta).square().mean((1, 2, 3))
-    return (errors / table[t] / model.alpha_bars[t] ** power).mean()
+    errors = errors / model.alpha_bars[t] if of_v else errors
+    return (errors / table[t]).mean()
 
 
 @torch.no_grad()
@@ -93,12 +94,9 @@ CHANGED = {
         "loss": partial(denoising_loss, density=False),
     },
     "t: drawn freely": {"loss": partial(denoising_loss, parts=False)},
-    "weight: alpha_bar^-1/2": {"loss": partial(denoising_loss, power=0.5)},
-    "weight: the error of v": {"loss": partial(denoising_loss, power=1)},
-    "Muon: Adam, rate 0.001": {"optimizer": torch.optim.Adam, "lr": 1e-3},
+    "weight: the error of v": {"loss": partial(denoising_loss, of_v=True)},
     "Muon: Adam, rate 0.002": {"optimizer": torch.optim.Adam, "lr": 2e-3},
     "Muon: Adam, rate 0.004": {"optimizer": torch.optim.Adam, "lr": 4e-3},
-    "Muon: Adam, rate 0.008": {"optimizer": torch.optim.Adam, "lr": 8e-3},
     "all: the report's loop": {
         "network": partial(PlainNoise, n_classes=0),
         "loss": partial(denoising_loss, density=False, parts=False),
@@ -163,10 +161,13 @@ class Table:
         print(f"{name:34}" + "".join(f"{text:>11}" for text in texts), flush=True)
 
     def train(self, name, n_images, **recipe):
-        """Trains a model and prints its row. -> the row."""
+        """Trains a model and prints its row."""
         model, seconds = quietly(train, self.dataset, n_images, self.seed, **recipe)
-        found = {"images": n_images, "seconds": round(seconds)}
-        found |= {**self.losses(model), **self.pictures(model)}
+        self.judge(name, model, {"images": n_images, "seconds": round(seconds)})
+
+    def judge(self, name, model, found=None, steps=25, guidances=(1, ddpm.guidance)):
+        """Prints the row of a model, with what was found before. -> the row."""
+        found = {**(found or {}), **self.losses(model), **self.pictures(model, steps, guidances)}
         self.row(name, found)
         return found
 
@@ -174,8 +175,7 @@ class Table:
         """Prints a row for the weights in outputs/, for each number of steps to draw in."""
         model = ddpm.load_model(OUTPUTS / f"{self.name}.pt", DEVICE)
         for n in steps:
-            found = {**self.losses(model), **self.pictures(model, n, GUIDANCES)}
-            self.row(f"outputs/, drawn in {n:,} steps", found)
+            self.judge(f"outputs/, drawn in {n:,} steps", model, None, n, GUIDANCES)
 
     @torch.no_grad()
     def losses(self, model):
@@ -190,7 +190,7 @@ class Table:
             found[f"t = {t}"] = round(torch.cat(errors).mean().item(), 5)
         return found
 
-    def pictures(self, model, steps=25, guidances=(1, ddpm.guidance)):
+    def pictures(self, model, steps, guidances):
         """-> what the judge says of the images that the model draws."""
         found, labels = {}, model.network.n_classes > 0
         # Without labels a class is drawn as often as it occurs, as in all test images.
@@ -218,19 +218,32 @@ def ablate(name, args):
             table.row(f"{change}, diverged", {})
 
 
+def after(n_passes, name, args):
+    """-> MyDDPM after so many passes over a whole set, trained if its weights are missing."""
+    if n_passes == ddpm.n_epochs:
+        return ddpm.load_model(OUTPUTS / f"{name}.pt", DEVICE)
+    path = args.weights_dir / f"{name}_{n_passes}.pt"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.exists() or not path.stat().st_size:  # an interrupted training leaves it empty
+        print(f"training {path}", flush=True)
+        dataset = ddpm.load_data(name == "fashion")
+        train(dataset, len(dataset), args.seed, n_passes, path)
+    return ddpm.load_model(path, DEVICE)
+
+
 def curves(args):
-    """Prints the table of the recipe in so many images, and draws all sets into one picture."""
+    """Prints the table of so many passes, and draws all sets into one picture."""
     _, axes = plt.subplots(figsize=(7, 5))
     for color, name in enumerate(args.sets):
-        table = Table(name, args, name)
-        table.finished(25)
-        rows = [table.train("", n_images) for n_images in args.curve]
+        models = {n: after(n, name, args) for n in args.passes}
+        table = Table(name, args, f"{name}, passes")
+        rows = [table.judge(f"{n}", model) for n, model in models.items()]
         for guidance, style in ((1, ":"), (ddpm.guidance, "-")):
             fids = [row[f"FID* x{guidance:g}"] for row in rows]
             label = f"{name}, guidance {guidance:g}"
-            axes.loglog(args.curve, fids, f"C{color}.{style}", label=label)
-    axes.set(xlabel="images seen in training", ylabel=f"FID* of {args.n:,} images in 25 steps")
-    axes.set_xticks(args.curve, [f"{n_images:,}" for n_images in args.curve])
+            axes.loglog(args.passes, fids, f"C{color}.{style}", label=label)
+    axes.set(xlabel="passes over the images", ylabel=f"FID* of {args.n:,} images in 25 steps")
+    axes.set_xticks(args.passes, args.passes)
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.yaxis.set_major_formatter(LogFormatter())
     axes.yaxis.set_minor_formatter(LogFormatter())
@@ -239,30 +252,18 @@ def curves(args):
     ddpm.show_figure(args.out_dir / "curve.png")
 
 
-def trained(n_passes, name, args):
-    """-> path of the weights after so many passes over a whole set, trained if they are missing."""
-    path = args.weights_dir / f"{name}_{n_passes}.pt"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if not path.exists() or not path.stat().st_size:  # an interrupted training leaves it empty
-        print(f"training {path}", flush=True)
-        dataset = ddpm.load_data(name == "fashion")
-        train(dataset, len(dataset), args.seed, n_passes, path)
-    return path
-
-
 def picture(args):
     """Draws ten images of each set, the sets one above the other; the rows differ in one thing."""
     if args.passes:
         rows = {f"{n} pass" + "es" * (n > 1): (n, ddpm.guidance) for n in args.passes}
     else:
-        rows = {f"guidance {guidance:g}": (None, guidance) for guidance in args.guidance}
+        rows = {f"guidance {g:g}": (ddpm.n_epochs, g) for g in args.guidance}
     figure, _ = plt.subplots(len(args.sets), figsize=(7, 0.6 * len(args.sets) * len(rows)))
     for ax, name in zip(figure.axes, args.sets, strict=True):
         images = []
         for n_passes, guidance in rows.values():
-            path = trained(n_passes, name, args) if n_passes else OUTPUTS / f"{name}.pt"
             how = {"guidance": guidance, "sample_steps": 100, "SEED": args.seed, "gif_name": None}
-            model = ddpm.load_model(path, DEVICE)
+            model = after(n_passes, name, args)
             images.append(quietly(ddpm.generate_new_images, model, 10, **how))
         grid = ddpm.tile(torch.cat(images), gap=1)
         ax.imshow(grid, "gray", vmin=0, vmax=255, interpolation="nearest")
@@ -278,8 +279,7 @@ def main(argv=None):
     parser.add_argument("sets", nargs="*", default=["mnist", "fashion"], help="mnist, fashion")
     parser.add_argument("--images", type=int, default=100_000, help="in each (%(default)s)")
     other = parser.add_mutually_exclusive_group()
-    other.add_argument("--curve", type=int, nargs="+", help="images in each training")
-    other.add_argument("--passes", type=int, nargs="+", help="draw a picture after so many")
+    other.add_argument("--passes", type=int, nargs="+", help="compare these numbers of passes")
     other.add_argument("--guidance", type=float, nargs="+", help="draw a picture of these")
     parser.add_argument("--n", type=int, default=2000, help="images for each FID* (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of training, drawing (%(default)s)")
@@ -291,10 +291,10 @@ def main(argv=None):
     if not set(args.sets) <= {"mnist", "fashion"}:
         parser.error("the sets are mnist and fashion")
     args.out_dir.mkdir(parents=True, exist_ok=True)
+    if args.passes:
+        curves(args)
     if args.passes or args.guidance:
         picture(args)
-    elif args.curve:
-        curves(args)
     else:
         for name in args.sets:
             ablate(name, args)
