@@ -513,15 +513,15 @@ def training_loop(
 ):
     """Algorithm 1 of [1] on batches [x0, label, ...] or [x0] of a DataLoader. -> loss of each epoch.
 
-    The rate of `optim` rises for a twentieth of the training, then falls straight to 0. After each
-    epoch all is stored in `store_path`.training, which `resume` goes on from, and `display` draws
-    ten images into `store_path`.png; `store_path` itself is replaced at the end. Call
+    The rate of `optim` rises for a twentieth of the training, then falls straight to 0. At first
+    and after each epoch all is stored in `store_path`.training, which `resume` goes on from, and
+    `display` draws ten images into `store_path`.png; `store_path` is replaced at the end. Call
     torch.manual_seed before. Raises ValueError, and FloatingPointError if the loss is not finite.
     """
     check_training(ddpm, loader, n_epochs, optim)
     device, seed = ddpm.to(device).betas.device, torch.initial_seed()
     losses = load_training(store_path, ddpm, optim) if resume else []
-    open(store_path, "ab").close()  # raises now, and not at the end, if it can't be written
+    store(f"{store_path}.training", ddpm, losses, optim)  # raises now if it can't be written
     n, done = n_epochs * len(loader) + 1, len(losses) * len(loader) + 1
     rate = LambdaLR(optim, lambda step: min((done + step) / 0.05, (n - done - step) / 0.95) / n)
     for epoch in tqdm(range(len(losses) + 1, n_epochs + 1), "Training"):

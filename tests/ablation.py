@@ -224,7 +224,7 @@ def after(n_passes, name, args):
         return ddpm.load_model(OUTPUTS / f"{name}.pt", DEVICE)
     path = args.weights_dir / f"{name}_{n_passes}.pt"
     path.parent.mkdir(parents=True, exist_ok=True)
-    if not path.exists() or not path.stat().st_size:  # an interrupted training leaves it empty
+    if not path.exists():
         print(f"training {path}", flush=True)
         dataset = ddpm.load_data(name == "fashion")
         train(dataset, len(dataset), args.seed, n_passes, path)

@@ -160,7 +160,8 @@ def test_bad_flags(copied):
 
 
 def test_weights_that_are_none(copied, monkeypatch):
-    """Missing, empty, cut off, damaged, a list, code to run, another network's, a folder."""
+    """Missing, empty, cut off, damaged, a list, code to run, another network's, a folder; a training
+    which that folder is in the way of keeps what it has learned."""
 
     class Bomb:
         def __reduce__(self):
@@ -180,11 +181,11 @@ def test_weights_that_are_none(copied, monkeypatch):
             with pytest.raises(ddpm.InputError, match=r"mnist\.pt holds"):
                 ddpm.main([flag, "--out-dir=out", *SMALL])
         assert contents(copied) == before and not (copied / "exploded").exists()
-    assert len(program(copied, *SMALL, status=1)) == 1 and contents(copied) == before
+    assert len(program(copied, *SMALL, status=1)) == 1 and contents(copied)["mnist.pt.training"]
 
 
 def signal_at_store(number, signum):
-    """Lets the signal arrive just before the training of that epoch gets its name."""
+    """Lets the signal arrive just before what is stored gets its name, first before all epochs."""
     stores = itertools.count(1)
 
     def watch(event, arguments):
@@ -199,17 +200,17 @@ def test_stopped_and_resumed_is_as_never_stopped(tmp_path, whole_run):
     """Also after the end, and without training; until then the old weights are drawn from."""
     program(tmp_path, *SMALL, "--n-epochs=1", "--SEED=4", "--no-display")
     finished = contents(tmp_path)["mnist.pt"]
-    kill = partial(signal_at_store, 2, signal.SIGKILL)
-    program(tmp_path, *SMALL, status=-signal.SIGKILL, prepare=kill)
+    ctrl_c = partial(signal_at_store, 2, signal.SIGINT)
+    lines = program(tmp_path, *SMALL, status=1, prepare=ctrl_c)
+    assert len(lines) == 1 and lines[0].startswith("ddpm.py:") and "--resume" in lines[0]
+    kill = partial(signal_at_store, 3, signal.SIGKILL)
+    program(tmp_path, *SMALL, "--resume", status=-signal.SIGKILL, prepare=kill)
     text = (tmp_path / "stdout").read_text()  # in a file, too, each epoch is seen at once
     assert re.findall(r"epoch (\d)", text) == ["1"]
-    ctrl_c = partial(signal_at_store, 2, signal.SIGINT)
-    lines = program(tmp_path, *SMALL, "--resume", status=1, prepare=ctrl_c)
-    assert len(lines) == 1 and lines[0].startswith("ddpm.py:") and "--resume" in lines[0]
     program(tmp_path, "--no-train")
     assert contents(tmp_path)["mnist.pt"] == finished
     assert_drawn(tmp_path / "out" / "mnist")
-    for flag, epochs in ("--resume", ["3"]), ("--resume", []), ("--no-train", []):
+    for flag, epochs in ("--resume", ["2", "3"]), ("--resume", []), ("--no-train", []):
         for name in DRAWN:
             (tmp_path / "out" / name).unlink()
         program(tmp_path, *SMALL, flag)
