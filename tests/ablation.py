@@ -153,12 +153,12 @@ class Table:
         order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))
         self.held_out = [part.to(DEVICE) for part in dataset[order[:5000]]]
         self.dataset = TensorDataset(*dataset[order[5000:]])
-        print(f"\n{first:34}" + "".join(f"{column:>11}" for column in COLUMNS))
+        print(f"\n{first:34}" + "".join(f"{column:>12}" for column in COLUMNS))
 
     def row(self, name, found):
         """Prints a cell for each of COLUMNS, or a dash if it was not found."""
         texts = [f"{found[key]:,.7g}" if key in found else "-" for key in COLUMNS]
-        print(f"{name:34}" + "".join(f"{text:>11}" for text in texts), flush=True)
+        print(f"{name:34}" + "".join(f"{text:>12}" for text in texts), flush=True)
 
     def train(self, name, n_images, **recipe):
         """Trains a model and prints its row."""
