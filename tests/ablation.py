@@ -163,11 +163,11 @@ class Table:
     def train(self, name, n_images, **recipe):
         """Trains a model and prints its row."""
         model, seconds = quietly(train, self.dataset, n_images, self.seed, **recipe)
-        self.judge(name, model, {"images": n_images, "seconds": round(seconds)})
+        self.judge(name, model, images=n_images, seconds=round(seconds))
 
-    def judge(self, name, model, found=None, steps=25, guidances=(1, ddpm.guidance)):
+    def judge(self, name, model, steps=25, guidances=(1, ddpm.guidance), **found):
         """Prints the row of a model, with what was found before. -> the row."""
-        found = {**(found or {}), **self.losses(model), **self.pictures(model, steps, guidances)}
+        found |= {**self.losses(model), **self.pictures(model, steps, guidances)}
         self.row(name, found)
         return found
 
@@ -175,7 +175,7 @@ class Table:
         """Prints a row for the weights in outputs/, for each number of steps to draw in."""
         model = ddpm.load_model(OUTPUTS / f"{self.name}.pt", DEVICE)
         for n in steps:
-            self.judge(f"outputs/, drawn in {n:,} steps", model, None, n, GUIDANCES)
+            self.judge(f"outputs/, drawn in {n:,} steps", model, n, GUIDANCES)
 
     @torch.no_grad()
     def losses(self, model):
@@ -219,7 +219,7 @@ def ablate(name, args):
 
 
 def after(n_passes, name, args):
-    """-> MyDDPM after so many passes over a whole set, trained if its weights are missing."""
+    """-> MyDDPM after so many passes over a whole set: that in outputs/, or trained, if need be."""
     if n_passes == ddpm.n_epochs:
         return ddpm.load_model(OUTPUTS / f"{name}.pt", DEVICE)
     path = args.weights_dir / f"{name}_{n_passes}.pt"
