@@ -6,7 +6,7 @@
     python ddpm.py --help       all flags
 
 Read it once, from top to bottom: a function calls only what stands above it. The epsilon of [1] is
-eta here, and its steps 1 to T are 0 to T - 1, while x_0 is still the image without any noise.
+eta here, and its steps 1 to T are numbered 0 to T - 1; x_0 is still the image before all of them.
 
 [1] Ho, Jain, Abbeel: Denoising Diffusion Probabilistic Models, 2020, arXiv 2006.11239
 [2] Ho, Salimans: Classifier-Free Diffusion Guidance, 2022, arXiv 2207.12598
@@ -14,7 +14,8 @@ eta here, and its steps 1 to T are 0 to T - 1, while x_0 is still the image with
 [4] Ronneberger, Fischer, Brox: U-Net, 2015, arXiv 1505.04597
 [5] Vaswani et al.: Attention Is All You Need, 2017, arXiv 1706.03762 (the time embedding)
 [6] Jordan et al.: Muon, 2024, kellerjordan.github.io/posts/muon
-[7] Lu et al.: DPM-Solver++, 2022, arXiv 2211.01095 (fewer steps)
+[7] Song, Meng, Ermon: DDIM, 2020, arXiv 2010.02502 (steps left out)
+[8] Lu et al.: DPM-Solver++, 2022, arXiv 2211.01095 (their second order)
 """
 
 # %% Imports
@@ -25,6 +26,7 @@ import math
 import os
 import sys
 import zipfile
+from contextlib import contextmanager
 from pathlib import Path
 
 import imageio.v3 as imageio
@@ -32,6 +34,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from einops import rearrange
+from matplotlib.figure import Figure
 from torch import nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR
@@ -52,37 +55,37 @@ def require(condition, text):
         raise InputError(text)
 
 
-# %% Flags: n_epochs = 5 is --n-epochs 5 on the command line, display = False is --no-display
+# %% Flags: n_epochs = 5 is --n-epochs 5 on the command line, watch = False is --no-watch
 fashion = False  # Fashion-MNIST (clothes) instead of MNIST (digits)
 no_train = False  # draw from the weights in out_dir, without training
 resume = False  # go on after the last finished epoch, up to n_epochs in all
-display = True  # draw ten images after each epoch, to watch it learn
+watch = True  # draw ten images after each epoch, to see it learn
 # Drawing
-n_samples = 100  # how many images; the pictures show the first 100
+n_samples = 100  # how many images to sample; the pictures show the first 100
 label = None  # draw only this class, 0 to 9; None is every class in turn
 guidance = 1.75  # how much the label counts: 0 not at all, 1 as learned, more exaggerates it
 sample_steps = 1000  # fewer are faster, and 50 nearly as good
-variance = 2  # of the noise in a step back: 2 is beta-tilde; 1 is beta, if no step is left out
+variance = 2  # of the noise in a step back: 2 is beta-tilde; 1 is beta, good for all steps only
 # Training
-n_epochs = 10  # passes over the training images
+n_epochs = 10  # how often training sees each image
 n_images = 60_000  # training images; fewer for a quick look
 batch_size = 64  # images in each training step
 lr = 0.01  # learning rate at its peak
 n_steps = 1000  # length T of the diffusion; to draw faster, lower sample_steps instead
 min_beta = 1e-4  # variance of the noise added in the first step
 max_beta = 0.02  # variance of the noise added in the last step
-SEED = 0  # same seed, flags and machine: same images
+SEED = 0  # same seed, flags, threads and versions: on a CPU, the same images
 device = "cuda" if torch.cuda.is_available() else "cpu"  # cuda, cuda:1, mps, cpu
 data_dir = str(FILE.parent / "datasets")  # folder of the archives of images
 out_dir = str(FILE.parent / "outputs")  # folder of the weights and pictures
 
 
-# %% Diffusion: an image drowns in noise, and a network says what the noise is
+# %% Diffusion: an image drowns in noise, and comes back
 class MyDDPM(nn.Module):
     """The forward process with its linear schedule, and the network that undoes it [1].
 
     `network` maps x (n, c, h, w), steps t (n,) and labels (n,) to the noise in x, or to v of [3] if
-    its `predicts_v` is true. Labels go from 0 to its `n_classes`, which stands for none. Images are
+    its `predicts_v` is true. Labels are classes from 0, or its `n_classes` for no label. Images are
     (c, h, w) = `image_chw`. The schedule is in buffers (n_steps,), which move with the model and
     are saved with it: betas, alphas = 1 - betas, and alpha_bars, their products up to t, which say
     how much of the image's variance is left. Raises ValueError if a schedule can't work.
@@ -92,193 +95,67 @@ class MyDDPM(nn.Module):
         self, network, n_steps=1000, min_beta=1e-4, max_beta=0.02, device=None, image_chw=None
     ):
         super().__init__()
+        possible = n_steps > 1 and 1e-6 < min_beta < max_beta < 1
+        require(possible, "a schedule needs n_steps > 1 and 1e-6 < min_beta < max_beta < 1")
         betas = torch.linspace(min_beta, max_beta, n_steps, dtype=torch.float64)
-        alpha_bars = (1 - betas).cumprod(0)
-        possible = n_steps > 1 and 1e-6 < min_beta < max_beta < 1 and alpha_bars[-1] > 1e-30
-        require(possible, "a schedule needs 2 steps, 1e-6 < min_beta < max_beta, and not all noise")
+        alphas = 1 - betas
+        alpha_bars = alphas.cumprod(0)
+        left = alpha_bars[-1].item()  # of an image, but sampling begins with noise alone
+        text = f"the schedule leaves {left:.2g} of an image, not 1e-30 to 0.1: change max_beta"
+        require(1e-30 < left < 0.1, text)
         self.register_buffer("betas", betas.float())
-        self.register_buffer("alphas", (1 - betas).float())
+        self.register_buffer("alphas", alphas.float())
         self.register_buffer("alpha_bars", alpha_bars.float())
         self.network = network
         self.n_steps = n_steps
-        self.image_chw = tuple(image_chw or (1, 28, 28))
+        self.image_chw = tuple(int(size) for size in image_chw or (1, 28, 28))
         self.to(device)
 
     def forward(self, x0, t, eta=None):
-        """x0 (n, c, h, w) in [-1, 1], t (n,) or one number -> x_t (n, c, h, w), by eq. 4 of [1].
-
-        `eta` (n, c, h, w) is the standard normal noise to add; None draws it.
-        """
+        """x0 (n, c, h, w) in [-1, 1], t (n,) or one number -> x_t with noise eta, eq. 4 of [1]."""
         eta = torch.randn_like(x0) if eta is None else eta
         alpha_bar = self.alpha_bars[t].reshape(-1, 1, 1, 1)
         return alpha_bar.sqrt() * x0 + (1 - alpha_bar).sqrt() * eta
 
     def backward(self, x, t, label=None):
-        """x_t (n, c, h, w), t as above -> eta_theta (n, c, h, w), the noise it sees in x_t.
+        """x_t (n, c, h, w), t as above -> eta_theta (n, c, h, w), the noise predicted in x_t.
 
-        Backward is meant in the diffusion, not in autograd: it is a plain prediction. `label` (n,)
-        holds classes, where n_classes stands for no label, as None does for all images.
+        Named after the backward process, not autograd. `label` (n,) holds classes, or n_classes for
+        no label; None is no label for all. Raises ValueError if the prediction has another shape.
         """
-        if isinstance(t, int):
-            t = torch.full((len(x),), t, device=x.device)
-        label = torch.full_like(t, self.network.n_classes) if label is None else label
-        prediction = self.network(x, t.flatten(), label)
+        t = t.flatten() if torch.is_tensor(t) else torch.full((len(x),), t, device=x.device)
+        label = torch.full_like(t, self.network.n_classes) if label is None else label.flatten()
+        prediction = self.network(x, t, label)
+        require(prediction.shape == x.shape, f"the network predicts {tuple(prediction.shape)}")
         if not self.network.predicts_v:
             return prediction
-        # v = sqrt(alpha_bar) eta - sqrt(1 - alpha_bar) x0. Put in x_t as forward has it: what comes
-        # out is eta. Where x_t is nearly all noise, it is nearly eta itself, and v a small correction.
+        # v is sqrt(alpha_bar) eta - sqrt(1 - alpha_bar) x0, and x_t is as above: this sum is eta.
+        # Late in the process x_t itself is nearly eta, and v a small correction.
         alpha_bar = self.alpha_bars[t].reshape(-1, 1, 1, 1)
         return (1 - alpha_bar).sqrt() * x + alpha_bar.sqrt() * prediction
 
 
-# %% Network: a UNet that knows the step and the label
-def sinusoidal_embedding(n, d):
-    """-> (n, d): row t, columns 2i and 2i + 1 are sin and cos of t / 10000^(2i / d) [5, sec. 3.5]."""
-    frequencies = 10_000 ** (-torch.arange(0, d, 2, dtype=torch.float64) / d)
-    angles = torch.outer(torch.arange(n), frequencies)
-    return torch.stack([angles.sin(), angles.cos()], dim=2).flatten(1)[:, :d].float()
-
-
-def conv3x3(c_in, c_out):
-    return nn.Conv2d(c_in, c_out, kernel_size=3, padding=1, bias=False)
-
-
-class Block(nn.Module):
-    """Residual block: two convolutions; between them step and label shift each channel."""
-
-    def __init__(self, channels, emb_dim):
-        super().__init__()
-        self.norm = nn.GroupNorm(1, channels, affine=False)  # mean 0, variance 1 in each image
-        self.conv1 = conv3x3(channels, channels)
-        self.shift = nn.Linear(emb_dim, channels, bias=False)
-        self.conv2 = conv3x3(channels, channels)
-        nn.init.zeros_(self.conv2.weight)  # at first a block changes nothing
-
-    def forward(self, x, emb):
-        h = self.conv1(self.norm(x)) + self.shift(emb)[:, :, None, None]
-        return x + self.conv2(F.silu(h))
-
-
-class MyUNet(nn.Module):
-    """UNet [4] with a sinusoidal embedding of the step t [5], and a learned one of the label.
-
-    It works at half and quarter resolution: each 2 x 2 square of pixels becomes channels at once,
-    because full resolution costs most and gains least. A skip connection adds the half resolution
-    of the way down to that of the way up. Sides of images are multiples of 4.
-    """
-
-    predicts_v = True
-
-    def __init__(self, n_steps=1000, time_emb_dim=128, n_classes=10, image_channels=1):
-        super().__init__()
-        half, quarter, d, square = 24, 48, time_emb_dim, 4 * image_channels
-        self.n_classes = n_classes
-        self.register_buffer("embedding", sinusoidal_embedding(n_steps, d), persistent=False)
-        self.time = nn.Linear(d, d, bias=False)
-        self.label = nn.Embedding(n_classes + 1, d)  # the last row stands for no label
-        self.enter = nn.Sequential(nn.PixelUnshuffle(2), conv3x3(square, half))
-        self.half_down = nn.ModuleList(Block(half, d) for _ in range(3))
-        self.down = nn.Conv2d(half, quarter, kernel_size=2, stride=2, bias=False)
-        self.middle = nn.ModuleList(Block(quarter, d) for _ in range(6))
-        self.up = nn.ConvTranspose2d(quarter, half, kernel_size=2, stride=2, bias=False)
-        self.half_up = nn.ModuleList(Block(half, d) for _ in range(3))
-        norm = nn.GroupNorm(1, half, affine=False)
-        last = conv3x3(half, square)
-        nn.init.zeros_(last.weight)  # at first it predicts v = 0
-        self.leave = nn.Sequential(norm, nn.SiLU(), last, nn.PixelShuffle(2))
-        self.to(memory_format=torch.channels_last)  # convolutions are faster so
-
-    def forward(self, x, t, label):
-        """x (n, c, h, w), t and label (n,) or (n, 1) -> v (n, c, h, w)."""
-        emb = F.silu(self.time(self.embedding[t.flatten()]) + self.label(label.flatten()))
-        at_half = self.enter(x)
-        for block in self.half_down:
-            at_half = block(at_half, emb)
-        at_quarter = self.down(at_half)
-        for block in self.middle:
-            at_quarter = block(at_quarter, emb)
-        at_half = at_half + self.up(at_quarter)
-        for block in self.half_up:
-            at_half = block(at_half, emb)
-        return self.leave(at_half)
-
-
-# %% Data
-def load_data(fashion=False, train=True, data_dir=FILE.parent / "datasets"):
-    """-> TensorDataset of images (n, 1, 28, 28) in [-1, 1] and labels (n,) from 0 to 9.
-
-    What is not in `data_dir` is downloaded. Raises ValueError if that fails.
-    """
-    source = FashionMNIST if fashion else MNIST
-    try:
-        data = source(data_dir, train, download=True)
-    except Exception as error:  # a damaged file can raise anything
-        raise InputError(f"no images in {data_dir}/{source.__name__}/raw: {error}") from error
-    return TensorDataset(data.data[:, None] / 127.5 - 1, data.targets)
-
-
-# %% Loss: predict the noise
 def denoising_loss(ddpm, x0, label=None):
-    """Algorithm 1 of [1] without its gradient step. -> mean squared error of the noise.
+    """Algorithm 1 of [1], lines 2 to 5. -> mean squared error of the predicted noise.
 
     x0 is (n, c, h, w) in [-1, 1], label (n,) or None. The error is large where there is little
-    noise, and training learns faster from more of those steps: t is drawn in proportion to
-    sqrt(alpha_bar). Each error is divided by how much more often its t is drawn, so that all steps
-    still count alike.
+    noise: the network learns faster if such steps are drawn more often, here in proportion to
+    sqrt(alpha_bar). Each error is divided by how much more often, so on average all count alike.
     """
-    n, device = len(x0), x0.device
     density = ddpm.alpha_bars.sqrt() / ddpm.alpha_bars.sqrt().mean()
-    # One t from each of n equally likely parts: the loss varies less than with n free draws.
-    u = (torch.randperm(n, device=device) + torch.rand(n, device=device)) / n
-    t = torch.searchsorted(density.cumsum(0) / ddpm.n_steps, u).clamp(max=ddpm.n_steps - 1)
+    t = torch.multinomial(density, len(x0), replacement=True)
     eta = torch.randn_like(x0)
     if label is not None:
         # Guidance needs a prediction without the label, too: a tenth of the images teach it.
-        label = label.masked_fill(torch.rand(n, device=device) < 0.1, ddpm.network.n_classes)
+        dropped = torch.rand(len(x0), device=x0.device) < 0.1
+        label = label.masked_fill(dropped, ddpm.network.n_classes)
     eta_theta = ddpm.backward(ddpm(x0, t, eta), t, label)
     errors = (eta_theta - eta).square().mean((1, 2, 3))
     return (errors / density[t]).mean()
 
 
-# %% Optimizer: Muon
-def orthogonalize(matrix):
-    """A matrix U S V^T (n, m) -> about U V^T (n, m), by three iterations of Newton-Schulz [6].
-
-    They pull the singular values in S, which the norm brings to at most 1, roughly to 1.
-    """
-    x = matrix / matrix.norm().clamp(min=1e-7)
-    for _ in range(3):
-        gram = x @ x.T
-        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
-    return x
-
-
-class Muon(torch.optim.Optimizer):
-    """Momentum made orthogonal [6]: every direction of a matrix moves about equally far.
-
-    A convolution is a matrix, once flattened, and a vector one of a single column. The first and
-    last layer and the embedding, which [6] leaves to Adam, are done alike.
-    """
-
-    def __init__(self, params, lr=0.01, momentum=0.95):
-        super().__init__(params, {"lr": lr, "momentum": momentum})
-
-    @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                mean = self.state[p].setdefault("mean", torch.zeros_like(p))
-                mean.lerp_(p.grad, 1 - group["momentum"])
-                ahead = p.grad.lerp(mean, group["momentum"])  # Nesterov's momentum
-                update = orthogonalize(ahead.reshape(len(p), -1))
-                p.sub_(group["lr"] * update.view_as(p))
-
-
-# %% Drawing: from noise to images
 def predict_x0(ddpm, x, t, label=None, guidance=1.0):
-    """x_t (n, c, h, w), its step t, one for all -> x_0 predicted with guidance [2], in [-1, 1]."""
+    """x_t (n, c, h, w), one step t -> x_0 predicted with guidance, 1 + w of [2], within [-1, 1]."""
     eta_theta = ddpm.backward(x, t, label)
     if ddpm.network.n_classes and guidance != 1:
         without_label = ddpm.backward(x, t)
@@ -288,28 +165,27 @@ def predict_x0(ddpm, x, t, label=None, guidance=1.0):
 
 
 def falling_steps(n, highest):
-    """-> n falling whole numbers from `highest` to 0, the lower the denser, none of them twice."""
+    """-> n whole numbers from `highest` down to 0, none of them twice, the lower the denser [7]."""
     steps = highest * np.linspace(1, 0, n) ** 2
     return np.maximum(steps.round(), np.arange(n)[::-1]).astype(int).tolist()
 
 
 @torch.no_grad()
-def reverse_process(ddpm, x, label, guidance, n_steps, variance, generator=None):
+def reverse_process(ddpm, x, label, guidance, sample_steps, variance, generator=None):
     """Yields x_T, the noise x (n, c, h, w) itself, then x after each step back; the last is x_0.
 
-    A step from t to an earlier s draws x_s from q(x_s given x_t and x_0), which is eq. 7 of [1]
+    A step from t to an earlier s samples x_s from q(x_s given x_t and x_0), which is eq. 7 of [1]
     with alpha_bar_t / alpha_bar_s in place of alpha_t. With s = t - 1 this is Algorithm 2, but
-    with x_0 clipped. The variance is beta-tilde, or beta with variance=1.
-
-    Where steps between t and s are left out, x_0 as predicted at t would be out of date half-way.
-    So the last two predictions are extrapolated in a straight line, over the logarithm of the
-    signal-to-noise ratio, to the middle between t and s [7].
+    with x_0 clipped. The variance is beta-tilde, or with variance=1 beta, for all steps only.
+    Where steps between t and s are left out [7], x_0 as predicted at t would be out of date
+    half-way. So the last two predictions are extrapolated in a straight line, over the logarithm
+    of the signal-to-noise ratio, to the middle between t and s: SDE-DPM-Solver++(2M) of [8].
     """
     alpha_bars = [*ddpm.alpha_bars.tolist(), 1.0]  # the last is that of x_0, at "step" -1
     log_snr = [math.log(a_t / (1 - a_t)) for a_t in alpha_bars[:-1]]
     last_t = last_x0 = None
     yield x
-    for t, s in itertools.pairwise([*falling_steps(n_steps, ddpm.n_steps - 1), -1]):
+    for t, s in itertools.pairwise([*falling_steps(sample_steps, ddpm.n_steps - 1), -1]):
         x0 = middle_x0 = predict_x0(ddpm, x, t, label, guidance)
         if s < t - 1 and last_x0 is not None:
             slope = (x0 - last_x0) / (log_snr[t] - log_snr[last_t])
@@ -326,18 +202,135 @@ def reverse_process(ddpm, x, label, guidance, n_steps, variance, generator=None)
         yield x
 
 
-# %% Pictures: one grey scale for all, -1 is black and 1 is white
+# %% Network: a UNet that knows the step and the label
+def sinusoidal_embedding(n, d):
+    """-> (n, d): row t, columns 2i and 2i + 1 are sin, cos of t / 10000^(2i / d) [5, sec. 3.5]."""
+    frequencies = 10_000 ** (-torch.arange(0, d, 2, dtype=torch.float64) / d)
+    angles = torch.outer(torch.arange(n), frequencies)
+    return torch.stack([angles.sin(), angles.cos()], dim=2).flatten(1)[:, :d].float()
+
+
+def conv3x3(c_in, c_out):
+    return nn.Conv2d(c_in, c_out, kernel_size=3, padding=1, bias=False)
+
+
+class Block(nn.Module):
+    """Residual block: two convolutions; between them step and label shift each channel."""
+
+    def __init__(self, channels, emb_dim):
+        super().__init__()
+        self.conv1 = conv3x3(channels, channels)
+        self.shift = nn.Linear(emb_dim, channels, bias=False)
+        self.conv2 = conv3x3(channels, channels)
+        nn.init.zeros_(self.conv2.weight)  # at first a block changes nothing
+
+    def forward(self, x, emb):
+        norm = F.group_norm(x, 1)  # mean 0, variance 1 in each image
+        h = self.conv1(norm) + self.shift(emb)[:, :, None, None]
+        return x + self.conv2(F.silu(h))
+
+
+class Blocks(nn.ModuleList):
+    """One block after the other, all told the same step and label."""
+
+    def forward(self, x, emb):
+        for block in self:
+            x = block(x, emb)
+        return x
+
+
+class MyUNet(nn.Module):
+    """UNet [4] with a sinusoidal embedding of the step t [5], and a learned one of the label.
+
+    Squares of 2 x 2 pixels become channels at once. Half resolution is added on the way up again,
+    by a skip connection. Sides of images are multiples of 4.
+    """
+
+    predicts_v = True
+
+    def __init__(self, n_steps=1000, time_emb_dim=128, n_classes=10, image_channels=1):
+        super().__init__()
+        half, quarter = 24, 48  # channels at half and quarter resolution
+        d, square = time_emb_dim, 4 * image_channels
+        self.n_classes = n_classes
+        self.register_buffer("embedding", sinusoidal_embedding(n_steps, d), persistent=False)
+        self.time = nn.Linear(d, d, bias=False)
+        self.label = nn.Embedding(n_classes + 1, d)  # the last row stands for no label
+        self.enter = nn.Sequential(nn.PixelUnshuffle(2), conv3x3(square, half))
+        self.half_down = Blocks(Block(half, d) for _ in range(3))
+        self.down = nn.Conv2d(half, quarter, kernel_size=2, stride=2, bias=False)
+        self.middle = Blocks(Block(quarter, d) for _ in range(6))
+        self.up = nn.ConvTranspose2d(quarter, half, kernel_size=2, stride=2, bias=False)
+        self.half_up = Blocks(Block(half, d) for _ in range(3))
+        norm = nn.GroupNorm(1, half, affine=False)
+        self.leave = nn.Sequential(norm, nn.SiLU(), conv3x3(half, square), nn.PixelShuffle(2))
+        nn.init.zeros_(self.leave[2].weight)  # at first it predicts v = 0
+        self.to(memory_format=torch.channels_last)  # makes convolutions faster
+
+    def forward(self, x, t, label):
+        """x (n, c, h, w), t and label (n,) -> v (n, c, h, w)."""
+        emb = F.silu(self.time(self.embedding[t]) + self.label(label))
+        at_half = self.half_down(self.enter(x), emb)
+        at_quarter = self.middle(self.down(at_half), emb)
+        return self.leave(self.half_up(at_half + self.up(at_quarter), emb))
+
+
+# %% Optimizer: Muon
+def orthogonalize(matrix):
+    """U S V^T (n, m) -> about U V^T: all but the smallest singular values come to about 1 [6]."""
+    x = matrix / matrix.norm().clamp(min=1e-7)
+    for _ in range(3):  # iterations of Newton-Schulz, of which [6] has five
+        gram = x @ x.T
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return x
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum made orthogonal [6]: every direction of a matrix moves about equally far.
+
+    A convolution is a matrix, once flattened, and a vector one of a single column. First and last
+    layer and embedding, which [6] leaves to Adam, have no exception, tall matrices no factor.
+    """
+
+    def __init__(self, params, lr=0.01):
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                mean = self.state[p].setdefault("mean", torch.zeros_like(p))
+                mean.lerp_(p.grad, 0.05)
+                ahead = p.grad.lerp(mean, 0.95)  # Nesterov's momentum
+                update = orthogonalize(ahead.reshape(len(p), -1))
+                p.sub_(group["lr"] * update.view_as(p))
+
+
+# %% Files
+def load_data(fashion=False, train=True, data_dir=FILE.parent / "datasets"):
+    """-> TensorDataset of images (n, 1, 28, 28) in [-1, 1] and labels (n,) from 0 to 9.
+
+    What is not in `data_dir` is downloaded. Raises ValueError if that fails.
+    """
+    source = FashionMNIST if fashion else MNIST
+    try:
+        data = source(data_dir, train, download=True)
+    except Exception as error:  # a damaged file can raise anything
+        raise InputError(f"no images in {data_dir}/{source.__name__}/raw: {error}") from error
+    return TensorDataset(data.data[:, None] / 127.5 - 1, data.targets)
+
+
 def write_file(path, data):
     """Writes bytes. A kill or a full disk leaves the old file whole."""
     Path(f"{path}.part").write_bytes(data)
     os.replace(f"{path}.part", path)
 
 
+# %% Pictures: one grey scale for all, -1 is black and 1 is white
 def tile(images, gap=0, columns=10):
-    """Images (n, c, h, w) in [-1, 1] -> one uint8 picture (height, width), or (.., 3) of colours.
-
-    `columns` in a row, ten as there are classes, with `gap` pixels between them.
-    """
+    """Images (n, c, h, w) in [-1, 1] -> one uint8 picture (height, width), of colours (.., .., 3)."""
     grid = make_grid(images, columns, gap, normalize=True, value_range=(-1, 1))
     grid = rearrange(grid[: images.shape[1]], "c h w -> h w c").squeeze(2)
     return (255 * grid).round().byte().cpu().numpy()
@@ -345,29 +338,32 @@ def tile(images, gap=0, columns=10):
 
 def write_gif(frames, path):
     """Writes uint8 pictures as a GIF that rests on the first and on the last of them."""
-    frames = [frame // 16 * 17 for frame in frames[:-1]] + frames[-1:]  # noise needs only 16 greys
+    frames = [frame // 16 * 17 for frame in frames[:-1]] + frames[-1:]  # 16 greys: a small file
     durations = [500] + [80] * (len(frames) - 2) + [3000]  # in ms
     gif = imageio.imwrite("<bytes>", frames, extension=".gif", duration=durations, loop=0)
     write_file(path, gif)
 
 
-def show_figure(path=None):
-    """Writes the figure to `path`; shows it in a notebook, or if there is no path."""
+@contextmanager
+def figure(path=None):
+    """Gives axes to draw on; they become the file `path`, or are shown. A notebook shows all."""
+    shown = not path or "ipykernel" in sys.modules  # a file needs no display, which may go away
+    new = plt.figure(figsize=(7, 7)) if shown else Figure(figsize=(7, 7))
+    yield new.add_subplot()
     if path:
-        plt.savefig(path, dpi=150, bbox_inches="tight")
-    if not path or "ipykernel" in sys.modules:
+        new.savefig(path, dpi=150, bbox_inches="tight")
+    if shown:
         plt.show()
-    plt.close()
+        plt.close()
 
 
-def show_images(images, title="", path=None, columns=10):
-    """Draws images (n, c, h, w) in [-1, 1], any number, as one grid."""
-    grid = tile(torch.as_tensor(images), gap=1, columns=columns)
-    plt.figure(figsize=(7, 7))
-    plt.imshow(grid, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
-    plt.title(title)
-    plt.axis("off")
-    show_figure(path)
+def show_images(images, title="", path=None, rows=()):
+    """Draws images (n, c, h, w) in [-1, 1], any number, as one grid of these rows, or of ten a row."""
+    grid = tile(torch.as_tensor(images), 1, len(images) // len(rows) if rows else 10)
+    with figure(path) as ax:
+        ax.imshow(grid, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+        ax.set(title=title, xticks=[], frame_on=False)
+        ax.set_yticks((np.arange(len(rows)) + 0.5) * (images.shape[2] + 1), rows)
 
 
 def show_first_batch(loader, path=None):
@@ -376,34 +372,32 @@ def show_first_batch(loader, path=None):
 
 
 def show_forward(ddpm, loader, device=None, path=None):
-    """Draws ten images of the first batch after 0, 25, 50, 75 and 100 % of the forward process."""
+    """Draws ten images of the first batch after 0, 5, 10, 20, 40 and 100 % of the steps."""
     x0 = next(iter(loader))[0][:10].to(device or ddpm.betas.device)
-    rows = [x0] + [ddpm(x0, ddpm.n_steps * quarters // 4 - 1) for quarters in (1, 2, 3, 4)]
-    show_images(torch.cat(rows), "After 0, 25, 50, 75 and 100 % of the steps", path, len(x0))
+    rows = {"0 %": x0}
+    for percent in (5, 10, 20, 40, 100):
+        rows[f"{percent} %"] = ddpm(x0, max(1, ddpm.n_steps * percent // 100) - 1)
+    show_images(torch.cat([*rows.values()]), "The forward process, by share of steps", path, rows)
 
 
 def show_losses(losses, path=None):
     """Draws the loss of each epoch."""
-    plt.figure()
-    plt.plot(range(1, len(losses) + 1), losses, marker=".")
-    plt.xlabel("epoch")
-    plt.ylabel("training loss: mean squared error of the noise")
-    show_figure(path)
+    with figure(path) as ax:
+        ax.semilogy(range(1, len(losses) + 1), losses, marker=".")
+        ax.set(xlabel="epoch", ylabel="training loss: mean squared error of the noise")
 
 
-# %% New images
-def check_drawing(ddpm, n_samples, label, guidance, sample_steps, variance):
-    """-> labels (n_samples,) to draw. Raises ValueError for what can't be drawn."""
+# %% Sampling: new images
+def labels_to_draw(ddpm, n_samples, label, guidance, sample_steps, variance):
+    """-> labels (n_samples,), if the rest makes sense, too. Raises ValueError if not."""
     require(n_samples >= 1 and sample_steps >= 1, "n_samples and sample_steps must be at least 1")
     require(0 <= guidance <= 100, f"guidance must be from 0 to 100, not {guidance}")
     require(variance in (1, 2), f"variance must be 1 (beta) or 2 (beta-tilde), not {variance}")
     n_classes = max(ddpm.network.n_classes, 1)
-    if label is None:
-        return torch.arange(n_samples) % n_classes
-    labels = torch.as_tensor(label, dtype=torch.long).expand(n_samples)
+    labels = torch.as_tensor(torch.arange(n_samples) % n_classes if label is None else label)
     known = 0 <= labels.min() and labels.max() < n_classes
     require(known, f"labels must be from 0 to {n_classes - 1}, not {label}")
-    return labels
+    return labels.long().expand(n_samples)
 
 
 def generate_new_images(
@@ -412,9 +406,7 @@ def generate_new_images(
     device=None,
     frames_per_gif=36,
     gif_name="sampling.gif",
-    c=None,
-    h=None,
-    w=None,
+    *,
     label=None,
     guidance=1.75,
     sample_steps=1000,
@@ -426,83 +418,80 @@ def generate_new_images(
     `label` is a class, or one for each image; None is every class in turn. The model is moved to
     `device`, if given, and left in eval mode. Raises ValueError for what can't be drawn.
     """
-    labels = check_drawing(ddpm, n_samples, label, guidance, sample_steps, variance)
+    labels = labels_to_draw(ddpm, n_samples, label, guidance, sample_steps, variance)
     device = ddpm.to(device).eval().betas.device
-    chw = [given or own for given, own in zip((c, h, w), ddpm.image_chw)]
     n_steps = min(sample_steps, ddpm.n_steps)
     # Images appear late: the fewer steps are left, the denser the frames.
     steps_left = falling_steps(max(2, min(frames_per_gif, n_steps + 1)), n_steps)
+    if gif_name:
+        Path(f"{gif_name}.part").touch()  # raises now, and not at the end, if it can't be written
     generator = torch.Generator(device).manual_seed(SEED)
-    noise = torch.randn(n_samples, *chw, generator=generator, device=device)
-    images, frames = [], []
-    for x, chunk in zip(noise.split(500), labels.to(device).split(500)):
-        snapshots = reverse_process(ddpm, x, chunk, guidance, n_steps, variance, generator)
-        for i, x in enumerate(tqdm(snapshots, "Drawing", n_steps + 1, leave=False, mininterval=5)):
-            if gif_name and n_steps - i in steps_left:
-                frames.append(tile(x[:100]))
-        images.append(x)
-        if gif_name:
-            write_gif(frames, gif_name)
-            gif_name = None  # the first images are enough
-    return torch.cat(images)
+    x = torch.randn(n_samples, *ddpm.image_chw, generator=generator, device=device)
+    snapshots = reverse_process(ddpm, x, labels.to(device), guidance, n_steps, variance, generator)
+    frames = []
+    for i, x in enumerate(tqdm(snapshots, "Drawing", n_steps + 1, leave=False)):
+        if n_steps - i in steps_left:
+            frames.append(tile(x[:100]))
+    if gif_name:
+        write_gif(frames, gif_name)
+    return x
 
 
 # %% Training, and its file
 def store(path, ddpm, losses, optim=None):
-    """Writes the model and its losses; with `optim`, what it needs to go on, under its name."""
+    """Writes the model and its losses; with `optim`, the momenta that a training goes on from."""
     state = {"ddpm": ddpm.state_dict(), "image_chw": ddpm.image_chw, "losses": losses}
     if optim:
-        state[type(optim).__name__] = optim.state_dict()["state"]
+        state[type(optim).__name__] = optim.state_dict()["state"]  # another kind begins anew
     file = io.BytesIO()
     torch.save(state, file)
     write_file(path, file.getvalue())
 
 
 def load_model(store_path, device=None, network=None):
-    """-> MyDDPM in eval mode, from what training_loop stored. Raises ValueError if it can't be.
-
-    `network` takes the weights if they are not those of a MyUNet of ten classes.
-    """
+    """-> stored MyDDPM in eval mode, of `network` or a MyUNet. Raises ValueError if it can't be."""
     try:
         with zipfile.ZipFile(store_path) as archive:
             require(archive.testzip() is None, "a wrong checksum")  # torch doesn't look at them
         state = torch.load(store_path, map_location="cpu", weights_only=True)
-        betas, image_chw = state["ddpm"]["betas"], state["image_chw"]
+        weights, image_chw = state["ddpm"], state["image_chw"]
+        betas = weights["betas"]
+        if network is None:
+            n_labels, d = weights["network.label.weight"].shape
+            network = MyUNet(len(betas), d, n_labels - 1, image_chw[0])
+        ddpm = MyDDPM(network, len(betas), betas[0], betas[-1], image_chw=image_chw)
+        ddpm.load_state_dict(weights)
     except Exception as error:  # a foreign file can raise anything
-        raise InputError(f"{store_path} holds no weights, train first: {error}") from error
-    if network is None:
-        network = MyUNet(len(betas), image_channels=image_chw[0])
-    ddpm = MyDDPM(network, len(betas), betas[0], betas[-1], image_chw=image_chw)
-    try:
-        ddpm.load_state_dict(state["ddpm"])
-    except RuntimeError as error:
-        raise InputError(f"{store_path} holds weights of another network: {error}") from error
+        raise InputError(f"{store_path} holds no weights of this model: {error}") from error
     return ddpm.to(device).eval()
 
 
-def load_training(store_path, ddpm, optim):
-    """Puts stored weights and momenta into `ddpm` and `optim`. -> the losses so far.
-
-    They are those of the unfinished training, or else of the finished one, without momenta.
-    """
-    unfinished = Path(f"{store_path}.training")
-    path = unfinished if unfinished.exists() else store_path
-    load_model(path, ddpm.betas.device, ddpm.network)
+def load_training(store_path, ddpm, optim, n_epochs):
+    """Puts the weights and momenta of the last training into `ddpm` and `optim`. -> its losses."""
+    unfinished = f"{store_path}.training"
+    path = unfinished if os.path.exists(unfinished) else store_path
+    stored = load_model(path, ddpm.betas.device, ddpm.network)
+    same = stored.image_chw == ddpm.image_chw and torch.equal(stored.betas, ddpm.betas)
+    require(same, f"{path} has another schedule or size of images")
     state = torch.load(path, map_location="cpu", weights_only=True)
-    momenta = {"state": state.get(type(optim).__name__, {})}
-    optim.load_state_dict(optim.state_dict() | momenta)
+    done = len(state["losses"])
+    most = n_epochs - (path == unfinished)  # the last epoch is stored as finished only
+    require(done <= most, f"{done} epochs of a longer training are done, n_epochs is {n_epochs}")
+    momenta = state.get(type(optim).__name__, {})
+    optim.load_state_dict(optim.state_dict() | {"state": momenta})
+    print(f"Going on after epoch {done}")
     return state["losses"]
 
 
 def check_training(ddpm, loader, n_epochs, optim):
-    """Raises ValueError for what would train, but not what was meant."""
+    """Raises ValueError for what would train, but not what was meant. It looks at one batch."""
     require(n_epochs >= 1, f"n_epochs must be at least 1, not {n_epochs}")
-    trained = {p for group in optim.param_groups for p in group["params"]}
+    trained = set(optim.param_groups[0]["params"])
     require(trained <= set(ddpm.parameters()), "this optimizer has the weights of another model")
-    batches = [batch[:2] for batch in itertools.islice(loader, 8)]
-    x0, *labels = map(torch.cat, zip(*batches))
-    fits = x0.shape[1:] == ddpm.image_chw and -1.001 < x0.min() < 0 and x0.max() < 1.001
+    x0, *labels = next(iter(loader))
+    fits = x0.shape[1:] == ddpm.image_chw and x0.min() < 0 and x0.abs().max() < 1.001
     require(fits, f"images must be {ddpm.image_chw}, in the range from -1 to 1")
+    ddpm.eval().backward(x0[:2].to(ddpm.betas.device), 0)
     n_classes = ddpm.network.n_classes
     known = labels and 0 <= labels[0].min() and labels[0].max() < n_classes
     require(known or not n_classes, f"labels must be from 0 to {n_classes - 1}, or n_classes 0")
@@ -511,25 +500,25 @@ def check_training(ddpm, loader, n_epochs, optim):
 def training_loop(
     ddpm, loader, n_epochs, optim, device=None, display=False, store_path="ddpm.pt", resume=False
 ):
-    """Algorithm 1 of [1] on batches [x0, label, ...] or [x0] of a DataLoader. -> loss of each epoch.
+    """Algorithm 1 of [1] on batches [x0, label, ...] or [x0] of a loader. -> loss of each epoch.
 
-    The rate of `optim` rises for a twentieth of the training, then falls straight to 0. At first
-    and after each epoch all is stored in `store_path`.training, which `resume` goes on from, and
-    `display` draws ten images into `store_path`.png; `store_path` is replaced at the end. Call
-    torch.manual_seed before. Raises ValueError, and FloatingPointError if the loss is not finite.
+    The rate of `optim` rises for a twentieth of the training, then falls straight to 0. Before and
+    after each epoch all is stored in `store_path`.training, for `resume`, at the end in `store_path`;
+    `display` samples ten images into `store_path`.png. Call torch.manual_seed before. Raises
+    ValueError, also if the loss is not finite.
     """
-    check_training(ddpm, loader, n_epochs, optim)
     device, seed = ddpm.to(device).betas.device, torch.initial_seed()
-    losses = load_training(store_path, ddpm, optim) if resume else []
+    check_training(ddpm, loader, n_epochs, optim)
+    losses = load_training(store_path, ddpm, optim, n_epochs) if resume else []
     store(f"{store_path}.training", ddpm, losses, optim)  # raises now if it can't be written
     n, done = n_epochs * len(loader) + 1, len(losses) * len(loader) + 1
     rate = LambdaLR(optim, lambda step: min((done + step) / 0.05, (n - done - step) / 0.95) / n)
-    for epoch in tqdm(range(len(losses) + 1, n_epochs + 1), "Training"):
-        torch.manual_seed((1000 * seed + epoch) % 2**63)  # the same if resumed
+    for epoch in tqdm(range(len(losses), n_epochs), "Training"):
+        torch.manual_seed((seed + 1000 * epoch) % 2**63)  # the same if resumed
         ddpm.train()
         total = 0
-        for x0, *labels in tqdm(loader, f"Epoch {epoch}/{n_epochs}", leave=False, mininterval=5):
-            label = labels[0].to(device) if ddpm.network.n_classes else None
+        for x0, *labels in tqdm(loader, f"Epoch {epoch + 1}", leave=False):
+            label = labels[0].to(device).long() if ddpm.network.n_classes else None
             loss = denoising_loss(ddpm, x0.to(device), label)
             optim.zero_grad()
             loss.backward()
@@ -537,45 +526,62 @@ def training_loop(
             rate.step()
             total += loss.detach()
         losses.append(total.item() / len(loader))
-        if not math.isfinite(losses[-1]):
-            raise FloatingPointError(f"the loss is not finite in epoch {epoch}: give a lower lr")
-        store(f"{store_path}.training", ddpm, losses, optim)
-        tqdm.write(f"Loss at epoch {epoch}: {losses[-1]:.4f}")
-        sys.stdout.flush()
+        require(math.isfinite(losses[-1]), f"no finite loss in epoch {epoch + 1}: lower the lr")
+        if epoch + 1 < n_epochs:
+            store(f"{store_path}.training", ddpm, losses, optim)
+        tqdm.write(f"Loss at epoch {epoch + 1}: {losses[-1]:.4f}")
+        sys.stdout.flush()  # a log file shows it now
         if display:
             images = generate_new_images(ddpm, 10, gif_name=None, sample_steps=20)
-            show_images(images, f"After epoch {epoch}", f"{store_path}.png")
+            show_images(images, f"After epoch {epoch + 1}", f"{store_path}.png")
     store(store_path, ddpm, losses)
-    Path(f"{store_path}.training").unlink(missing_ok=True)
+    os.remove(f"{store_path}.training")
     return losses
 
 
 # %% Running it
 def read_flags(argv=None):
     """-> Namespace of the flags: those on the command line `argv`, and else those at the top."""
-    if argv is None and "kernel_launcher" in sys.argv[0]:
-        argv = []  # it is the command line of the notebook
-    parser = argparse.ArgumentParser(usage="ddpm.py [--flag] [--flag value] ...")
+    if argv is None and Path(sys.argv[0]).name not in (FILE.name, "-", "-c"):
+        argv = []  # it is the command line of a notebook, or of a program that imports this one
+    usage = "ddpm.py [--flag] [--flag value] ..."
+    parser = argparse.ArgumentParser(usage=usage, conflict_handler="resolve")
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     if FILE.is_file():
-        parser.epilog = FILE.read_text(encoding="utf-8").split("# %%")[2]  # the cell of the flags
-    for name, value in globals().items():
-        kind = float if name in ("guidance", "lr", "min_beta", "max_beta") else type(value)
-        if name[0] == "_" or kind not in (bool, int, float, str, type(None)):
+        parser.epilog = FILE.read_text("utf-8").partition("# %% Flags:")[2].partition("# %%")[0]
+    for name, value in reversed(globals().items()):  # where options clash, the flags at the top win
+        kind = int if value is None else type(value)
+        if kind not in (bool, int, float, str):
             continue
-        option = name.replace("_", "-")
-        how = {"dest": name, "help": argparse.SUPPRESS}
+        option, how = name.lower().replace("_", "-"), {"dest": name, "help": argparse.SUPPRESS}
         if kind is bool:
-            parser.add_argument(f"--{option}", action="store_true", **how)
             parser.add_argument(f"--no-{option}", action="store_false", **how)
-        else:
-            parser.add_argument(f"--{option}", type=int if value is None else kind, **how)
+        how |= {"action": "store_true"} if kind is bool else {"type": kind}
+        parser.add_argument(*{f"--{option}", f"--{name}"}, **how)
     return parser.parse_args(argv, argparse.Namespace(**globals()))
+
+
+def train_model(ddpm, flags, path):
+    """Trains the model, and draws what it sees, into files that begin with `path`."""
+    images = load_data(flags.fashion, data_dir=flags.data_dir)[: flags.n_images]
+    loader = DataLoader(TensorDataset(*images), flags.batch_size, shuffle=True)
+    optim = Muon(ddpm.network.parameters(), flags.lr)
+    if not flags.resume:
+        torch.manual_seed(flags.SEED)  # as the first epoch does, which begins with this batch
+        first = [next(iter(loader))]
+        show_first_batch(first, f"{path}_first_batch.png")
+        show_forward(ddpm, first, path=f"{path}_forward.png")
+    how = None, flags.watch, f"{path}.pt", flags.resume
+    losses = training_loop(ddpm, loader, flags.n_epochs, optim, *how)
+    show_losses(losses, f"{path}_loss.png")
 
 
 def main(argv=None):
     """The whole job, with the flags of the command line `argv` (None: that of the program)."""
     flags = read_flags(argv)
+    for name in ("n_epochs", "n_images", "batch_size", "lr"):
+        require(vars(flags)[name] > 0, f"{name} must be more than 0, not {vars(flags)[name]}")
+    require(0 <= flags.SEED < 2**63, f"SEED must be from 0 to 2^63 - 1, not {flags.SEED}")
     path = Path(flags.out_dir, "fashion" if flags.fashion else "mnist")
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(flags.SEED)
@@ -586,35 +592,23 @@ def main(argv=None):
     else:
         network = MyUNet(flags.n_steps)
         ddpm = MyDDPM(network, flags.n_steps, flags.min_beta, flags.max_beta, flags.device)
-    print(f"Parameters: {sum(p.numel() for p in ddpm.network.parameters()):,}")
-    drawing = ["n_samples", "label", "guidance", "sample_steps", "variance"]
-    drawing = {name: vars(flags)[name] for name in drawing}
-    check_drawing(ddpm, **drawing)  # before the long work, not after it
-    require(flags.n_images > 0, f"n_images must be at least 1, not {flags.n_images}")
-    Path(f"{path}.gif.part").touch()  # raises now, and not at the end, if it can't be written
+    print(f"Parameters: {sum(p.numel() for p in ddpm.parameters()):,}")
+    how = ["n_samples", "label", "guidance", "sample_steps", "variance"]
+    how = {name: vars(flags)[name] for name in how}
+    labels_to_draw(ddpm, **how)  # raises now, and not after the training
     if not flags.no_train:
-        dataset = load_data(flags.fashion, data_dir=flags.data_dir)
-        dataset = TensorDataset(*dataset[: flags.n_images])
-        loader = DataLoader(dataset, flags.batch_size, shuffle=True)
-        optim = Muon(ddpm.network.parameters(), flags.lr)
-        how = flags.device, flags.display, f"{path}.pt", flags.resume
-        losses = training_loop(ddpm, loader, flags.n_epochs, optim, *how)
-        show_losses(losses, f"{path}_loss.png")
-        torch.manual_seed(flags.SEED)  # also if there was nothing left to train
-        show_first_batch(loader, f"{path}_first_batch.png")
-        show_forward(ddpm, loader, path=f"{path}_forward.png")
-    images = generate_new_images(ddpm, gif_name=f"{path}.gif", SEED=flags.SEED, **drawing)
+        train_model(ddpm, flags, path)
+    images = generate_new_images(ddpm, gif_name=f"{path}.gif", SEED=flags.SEED, **how)
     np.save(f"{path}_images.npy", images.cpu())
-    show_images(images[:10], "Generated images", f"{path}_10.png")
-    show_images(images[:100], "Generated images", f"{path}_100.png")
+    for n in (10, 100):
+        show_images(images[:n], "Generated images", f"{path}_{n}.png")
     print(f"Wrote {path.name}.gif and others")
 
 
 if __name__ == "__main__":
     try:
         main()
-    except (InputError, FloatingPointError, OSError) as error:
-        print("ddpm.py:", *str(error).split(), file=sys.stderr)
-        sys.exit(2 if isinstance(error, InputError) else 1)
+    except (InputError, OSError) as error:
+        sys.exit(f"ddpm.py: {' '.join(str(error).split())}")  # in one line
     except KeyboardInterrupt:
         sys.exit("ddpm.py: stopped; --resume goes on after the last finished epoch of a training")

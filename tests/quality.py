@@ -1,7 +1,8 @@
 """How good are the generated images? Run by hand: python tests/quality.py [weights.pt ...]
 
-The judge is a small classifier, trained here once per data set on the training images. Generated
-images, every class in turn, are compared with the test images in its features, beside as many real
+The judge is a small classifier, trained here once per data set on 55,000 of the training images,
+in fp32 on any processor; the 5,000 others are for choosing recipes (see ablation.py). Generated
+images, every class in turn, are compared with as many test images in its features, beside as many
 training images. Of the real images, too, every class counts the same: MNIST has 27 % more ones
 than fives, and a difference in numbers is none in quality. The figures can be compared within one
 classifier and one number of images only. FID* has a star because it is not the usual FID: that
@@ -56,8 +57,6 @@ def train_classifier(images, labels, n_epochs=4, batch_size=128, lr=4e-3, seed=0
         optim = torch.optim.AdamW(net.parameters(), lr=lr, weight_decay=0.02)
         n_batches = len(images) // batch_size
         schedule = torch.optim.lr_scheduler.OneCycleLR(optim, lr, n_epochs * n_batches)
-        # Without hardware for it, bf16 is far slower than fp32.
-        bf16 = torch.cpu.get_capabilities().get("avx512_bf16", False) and DEVICE.type == "cpu"
         # A view of all 5 x 5 shifts by -2..2 pixels: (n, 5, 5, 28, 28).
         shifts = F.pad(images, (2, 2, 2, 2)).unfold(1, 28, 1).unfold(2, 28, 1)
         for _ in range(n_epochs):
@@ -65,9 +64,7 @@ def train_classifier(images, labels, n_epochs=4, batch_size=128, lr=4e-3, seed=0
             for i in order.view(n_batches, batch_size):
                 dy, dx = torch.randint(5, (2, batch_size))
                 x = shifts[i, dy, dx].to(DEVICE)[:, None].float() / 255
-                with torch.autocast(DEVICE.type, torch.bfloat16, enabled=bf16):
-                    scores = net(x)
-                loss = F.cross_entropy(scores.float(), labels[i].to(DEVICE), label_smoothing=0.05)
+                loss = F.cross_entropy(net(x), labels[i].to(DEVICE), label_smoothing=0.05)
                 optim.zero_grad()
                 loss.backward()
                 optim.step()
@@ -106,28 +103,40 @@ def quietly(function, *args, **kwargs):
         return function(*args, **kwargs)
 
 
-def draw(model, n, **how):
-    """-> n generated images (n, 28, 28) uint8, every class in turn."""
-    images = quietly(ddpm.generate_new_images, model, n, DEVICE, gif_name=None, **how)
-    return to_uint8(images).cpu()
+def draw(model, n, SEED=0, **how):
+    """-> n generated images (n, 28, 28) uint8, every class in turn, 500 at a time."""
+    drawn = []
+    for i, start in enumerate(range(0, n, 500)):
+        how |= {"gif_name": None, "SEED": 1000 * SEED + i}
+        size = min(500, n - start)
+        drawn.append(quietly(ddpm.generate_new_images, model, size, DEVICE, **how))
+    return to_uint8(torch.cat(drawn)).cpu()
 
 
-def in_turn(labels):
-    """Labels (n,) -> indices of images of every class in turn, as many as the rarest class allows."""
-    place_in_class = F.one_hot(labels).cumsum(0).gather(1, labels[:, None])[:, 0]
-    order = (place_in_class * 10 + labels).argsort()
-    return order[: 10 * labels.bincount().min()]
+def split():
+    """-> indices of 55,000 training images, and of the 5,000 from which recipes are chosen."""
+    order = torch.randperm(60_000, generator=torch.Generator().manual_seed(0))
+    return order[5000:], order[:5000]
+
+
+def in_turn(labels, n, seed=0):
+    """Labels (m,) -> indices of n images at random, every class in turn."""
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    classes = F.one_hot(labels[order])
+    place_in_class = (classes.cumsum(0) * classes).sum(1)
+    return order[(place_in_class * 10 + labels[order]).argsort()[:n]]
 
 
 def judge_of(fashion, images, labels):
     """-> Classifier in eval mode, from the cache if it was trained before."""
-    recipe = inspect.getsource(Classifier) + inspect.getsource(train_classifier)
+    recipe = "".join(map(inspect.getsource, (Classifier, train_classifier, split)))
     digest = hashlib.sha256(recipe.encode()).hexdigest()[:12]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ddpm-quality"
     path = cache / f"{NAMES[fashion].lower()}-{digest}.pt"
     if not path.exists():
         print(f"training the {NAMES[fashion]} classifier, once: some minutes", flush=True)
-        net = train_classifier(images, labels)
+        learned, _ = split()
+        net = train_classifier(images[learned], labels[learned])
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=cache, delete=False) as file:
             torch.save(net.state_dict(), file)
@@ -192,78 +201,75 @@ def frechet_and_error(a, b, parts=10):
     return frechet(a, b), float((spread * (parts - 1) / parts) ** 0.5)
 
 
-COLUMNS = ["FID*", "+-", "floors", "other", "learner", "precision", "recall", "nearest", "seconds"]
+COLUMNS = ["FID*", "+-", "other", "precision", "recall", "nearest", "1 %", "seconds"]
 LEGEND = """
 FID*       squared Frechet distance of the features to those of the test images, +- standard error
-floors     FID* in units of that of as many real training images
-other      % of images that the classifier takes for another class than the one asked for
-learner    test accuracy, %, of a classifier that has learned from these images and labels alone
+other      % of images that the classifier takes for another class than the one asked for; of the
+           test images it is the classifier's own error
 precision  % of these images that lie among real ones (fidelity); recall: the reverse (variety)
-nearest    median distance (pixels 0 to 1) to the nearest training image: far below that of test
-           images is memorized"""
+nearest    the smallest distance (pixels 0 to 1) to a training image, and that of the nearest 1 %:
+           far below those of test images they would be copies"""
 
 
 class Judge:
-    """The measures of one data set; prints its reference rows when made."""
+    """The measures of one data set, by n images each; prints its reference rows when made.
 
-    def __init__(self, fashion, n, learn):
+    Images are compared with test images, or, to choose a recipe, with images held out.
+    """
+
+    def __init__(self, fashion, n, held_out=False):
         self.train, train_labels = load(fashion, train=True)
-        self.test, self.test_labels = load(fashion, train=False)
-        self.net, self.learn = judge_of(fashion, self.train, train_labels), learn
-        balanced = in_turn(self.test_labels)
-        self.test_feats = features(self.net, self.test[balanced])
-        order = torch.randperm(len(self.train), generator=torch.Generator().manual_seed(0))
-        choice = order[in_turn(train_labels[order])[:n]]
-        self.floor = frechet(features(self.net, self.train[choice]), self.test_feats)
-        print(f"\n{NAMES[fashion]}: {n:,} images a row against {len(balanced):,} test images\n")
+        test, test_labels = load(fashion, train=False)
+        self.net = judge_of(fashion, self.train, train_labels)
+        if held_out:
+            _, others = split()
+            test, test_labels = self.train[others], train_labels[others]
+        chosen = in_turn(test_labels, n)
+        self.real = features(self.net, test[chosen])
+        what = "held-out training" if held_out else "test"
+        print(f"\n{NAMES[fashion]}: {n:,} images a row, against as many {what} images\n")
         print(f"{'images':28}" + "".join(f"{name:>10}" for name in COLUMNS))
-        self.row("training images", self.train[choice], train_labels[choice], skip=["nearest"])
-        skip = ["FID*", "+-", "floors", "learner", "precision", "recall"]
-        self.row("test images", self.test, self.test_labels, skip=skip)
+        floor = in_turn(train_labels, n)
+        self.row("training images", self.train[floor], train_labels[floor], skip=["nearest"])
+        if not held_out:
+            skip = ["FID*"]
+            self.row("test images", test[chosen], test_labels[chosen], skip=skip)
 
     @torch.no_grad()
     def row(self, name, images, labels, seconds=None, skip=()):
-        """Prints a row for images (n, 28, 28) uint8 of the classes `labels` (n,)."""
+        """Prints a row for images (n, 28, 28) uint8 of the classes `labels` (n,). -> its cells."""
         feats = features(self.net, images)
         found = {"other": other_class(self.net, feats, labels)}
         if "FID*" not in skip:
-            found["FID*"], found["+-"] = frechet_and_error(feats, self.test_feats)
-            found["floors"] = found["FID*"] / self.floor
-            shares = precision_recall(self.test_feats, feats)
+            found["FID*"], found["+-"] = frechet_and_error(feats, self.real)
+            shares = precision_recall(self.real, feats)
             found["precision"], found["recall"] = (100 * share for share in shares)
-            if self.learn:
-                found["learner"] = self.accuracy(images, labels)
         if "nearest" not in skip:
-            found["nearest"] = nearest(images, self.train).median()
+            distances = nearest(images, self.train)
+            found["nearest"], found["1 %"] = distances.min(), distances.quantile(0.01)
         if seconds is not None:
             found["seconds"] = seconds
         cells = [f"{found[key]:10.3f}" if key in found else f"{'-':>10}" for key in COLUMNS]
         print(f"{name:28}" + "".join(cells), flush=True)
-
-    def accuracy(self, images, labels):
-        """-> test accuracy, in %, of a classifier trained on `images` only."""
-        with torch.enable_grad():
-            learner = train_classifier(images, labels, n_epochs=12)
-        return 100 - other_class(learner, features(learner, self.test), self.test_labels)
+        return found
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Measure the quality of generated images.")
     parser.add_argument("weights", nargs="*", type=Path, help="'fashion' in the name: of clothes")
-    parser.add_argument("--n", type=int, default=10_000, help="images a row (%(default)s)")
+    parser.add_argument("--n", type=int, default=8000, help="images a row (%(default)s)")
     parser.add_argument("--sample-steps", type=int, nargs="+", default=[50], help="a row each")
     parser.add_argument("--guidance", type=float, nargs="+", default=[ddpm.guidance], help="too")
     parser.add_argument("--seed", type=int, default=0, help="of the images (%(default)s)")
-    parser.add_argument("--no-learner", action="store_true", help="leave out its accuracy")
     args = parser.parse_args(argv)
-    if not 128 <= args.n <= 50_000:
-        parser.error("--n must be within 128..50000")
+    if not 100 <= args.n <= 8920:  # as many balanced test images are there
+        parser.error("--n must be within 100..8920")
     judges = {}
     for path in args.weights or [ROOT / "outputs" / "mnist.pt", ROOT / "outputs" / "fashion.pt"]:
         model = ddpm.load_model(path, DEVICE)
         fashion = "fashion" in path.name
         if fashion not in judges:
-            judges[fashion] = Judge(fashion, args.n, not args.no_learner)
+            judges[fashion] = Judge(fashion, args.n)
         for steps, guidance in itertools.product(args.sample_steps, args.guidance):
             start = clock()
             how = {"sample_steps": steps, "guidance": guidance, "SEED": args.seed}
