@@ -502,10 +502,9 @@ def training_loop(
 ):
     """Algorithm 1 of [1] on batches [x0, label, ...] or [x0] of a loader. -> loss of each epoch.
 
-    The rate of `optim` rises for a twentieth of the training, then falls straight to 0. Before and
-    after each epoch all is stored in `store_path`.training, for `resume`, at the end in `store_path`;
-    `display` samples ten images into `store_path`.png. Call torch.manual_seed before. Raises
-    ValueError, also if the loss is not finite.
+    The rate of `optim` rises for a twentieth of the training, then falls straight to 0. All is
+    stored before and after each epoch in `store_path`.training, for `resume`, then in `store_path`;
+    `display` samples images into `store_path`.png. Call torch.manual_seed first. Raises ValueError.
     """
     device, seed = ddpm.to(device).betas.device, torch.initial_seed()
     check_training(ddpm, loader, n_epochs, optim)
@@ -517,7 +516,8 @@ def training_loop(
         torch.manual_seed((seed + 1000 * epoch) % 2**63)  # the same if resumed
         ddpm.train()
         total = 0
-        for x0, *labels in tqdm(loader, f"Epoch {epoch + 1}", leave=False):
+        batches = tqdm(iter(loader), f"Epoch {epoch + 1}", len(loader), leave=False)
+        for x0, *labels in batches:
             label = labels[0].to(device).long() if ddpm.network.n_classes else None
             loss = denoising_loss(ddpm, x0.to(device), label)
             optim.zero_grad()

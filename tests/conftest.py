@@ -10,7 +10,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-os.environ |= {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "MPLBACKEND": "agg"}
+PLACES = [ROOT, ROOT / "tests", *filter(None, [os.environ.get("PYTHONPATH")])]
+os.environ |= {"PYTHONPATH": os.pathsep.join(map(str, PLACES)), "MPLBACKEND": "agg"}
 
 import numpy as np
 import pytest
@@ -63,9 +64,11 @@ def images(digits):
 def train(digits, tmp_path):
     """train(n_epochs, ...) -> MyDDPM trained on some digits, its losses and its weights' path."""
 
-    def train(n_epochs=1, network=None, data=digits[:100], optim=None, batch_size=50, **how):
+    def train(
+        n_epochs=1, network=None, data=digits[:100], optim=None, batch_size=50, model=None, **how
+    ):
         torch.manual_seed(0)
-        model = ddpm.MyDDPM(network or ddpm.MyUNet())
+        model = model or ddpm.MyDDPM(network or ddpm.MyUNet())
         loader = DataLoader(TensorDataset(*data), batch_size, shuffle=True)
         optim = optim or ddpm.Muon(model.network.parameters(), 0.02)
         path = tmp_path / "weights.pt"

@@ -1,5 +1,6 @@
 """The data, the schedule, the forward process, the prediction of the noise, and the network."""
 
+import itertools
 import shutil
 from functools import partial
 
@@ -47,8 +48,9 @@ def test_schedule(tmp_path):
         np.testing.assert_allclose(state["alphas"], 1 - betas, rtol=1e-6)
         np.testing.assert_allclose(state["alpha_bars"], np.cumprod(1 - betas), rtol=1e-6)
     assert ddpm.MyDDPM(Network(), device="meta").betas.device.type == "meta"
-    impossible = [(1, 0.1, 0.9), (0, 0.1, 0.9), (9, 0, 0.9), (9, 0.9, 0.8), (9, 0.1, 1)]
-    for given in [*impossible, (9, -0.1, 0.5), (9, 0.1, np.nan), (99, 0.5, 0.9)]:
+    impossible = [(1, 0.1, 0.9), (0, 0.1, 0.9), (9, 0, 0.9), (9, 0.9, 0.8), (9, 0.1, 1), (-5,)]
+    impossible += [(9, -0.1, 0.5), (9, 0.1, np.nan), (99, 0.5, 0.9), (100,), (200,), (9, 0.1, 0.2)]
+    for given in impossible:
         with pytest.raises(ddpm.InputError, match="schedule"):
             ddpm.MyDDPM(Network(), *given)
 
@@ -67,8 +69,9 @@ def test_a_network_says_whether_it_predicts_the_noise_or_v(images):
     """v = sqrt(alpha_bar) eta - sqrt(1 - alpha_bar) x0: a network that knows v leads to eta."""
     model = ddpm.MyDDPM(Network(lambda x, t, label: x * t.view(-1, 1, 1, 1)))
     expected = images * STEPS.view(-1, 1, 1, 1)
-    assert torch.equal(model.backward(images, STEPS[:, None], LABELS), expected)
+    assert torch.equal(model.backward(images, STEPS[:, None], LABELS[:, None]), expected)
     assert torch.equal(model.backward(images, 7), images * 7)
+    assert {given.shape for call in model.network.calls for given in call[1:3]} == {(100,)}
     eta = torch.randn(images.shape)
     v = (BARS.sqrt() * eta - (1 - BARS).sqrt() * images).float()
     model = ddpm.MyDDPM(Network(lambda x, t, label: v, predicts_v=True))
@@ -77,6 +80,38 @@ def test_a_network_says_whether_it_predicts_the_noise_or_v(images):
     del (silent := Network()).predicts_v
     with pytest.raises(AttributeError, match="predicts_v"):
         ddpm.MyDDPM(silent).backward(images, 7)
+
+
+@pytest.mark.parametrize("predicts_v", [True, False])
+def test_a_prediction_of_another_shape_is_refused(predicts_v, images, train):
+    """It would be broadcast in silence. A training is refused before it begins."""
+    others = [lambda x: x[:, 0], lambda x: x.mean((1, 2, 3), keepdim=True), lambda x: x[:, :1]]
+    others += [lambda x: torch.cat([x, x], 1), lambda x: x[..., :1]]
+    for channels, other in itertools.product((1, 3), others):
+        x0 = images[:99].repeat(1, channels, 1, 1)
+        if other(x0).shape == x0.shape:
+            continue
+        network = Network(lambda x, t, label, f=other: f(x), predicts_v=predicts_v)
+        model = ddpm.MyDDPM(network, image_chw=x0.shape[1:])
+        with pytest.raises(ddpm.InputError, match="network predicts"):
+            model.backward(x0, 7)
+        with pytest.raises(ddpm.InputError, match="network predicts"):
+            train(data=(x0, LABELS[:99]), model=model)
+
+
+@pytest.mark.parametrize(
+    "n_classes, time_emb_dim, chw", [(5, 128, (1, 28, 28)), (0, 32, (3, 8, 12))]
+)
+def test_what_is_stored_can_be_loaded(n_classes, time_emb_dim, chw, tmp_path):
+    """Numbers may be those of numpy; classes and sizes are those of the weights."""
+    n_steps, *chw = np.array([1200, *chw])
+    network = ddpm.MyUNet(n_steps, time_emb_dim, n_classes, chw[0])
+    ddpm.store(tmp_path / "a.pt", ddpm.MyDDPM(network, n_steps, image_chw=tuple(chw)), [])
+    model = ddpm.load_model(tmp_path / "a.pt")
+    assert (model.image_chw, model.network.n_classes) == (tuple(chw), n_classes)
+    for name, tensor in network.state_dict().items():
+        assert torch.equal(model.network.state_dict()[name], tensor)
+    assert ddpm.generate_new_images(model, 2, sample_steps=2, gif_name=None).shape == (2, *chw)
 
 
 @pytest.mark.parametrize("n, d", [(1000, 128), (50, 7), (1, 1)])

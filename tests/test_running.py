@@ -19,6 +19,7 @@ from conftest import ROOT, SMALL, Network, change_a_bit, error_lines, frames_of,
 
 import ddpm
 
+USAGE = "ddpm.py [--flag] [--flag value] ..."
 DRAWN = ["mnist.gif", "mnist_10.png", "mnist_100.png", "mnist_images.npy"]
 TRAINED = ["mnist.pt", "mnist.pt.png", "mnist_first_batch.png", "mnist_forward.png"]
 TRAINED += ["mnist_loss.png"]
@@ -71,20 +72,37 @@ def test_a_run_writes_weights_and_pictures(whole_run, digits):
     assert re.findall(r"epoch (\d): 0\.\d+", text) == ["1", "2", "3"]
 
 
+def test_pictures_show_the_batch_that_training_begins_with(tmp_path, monkeypatch):
+    seen, denoising_loss = [], ddpm.denoising_loss
+
+    def loss_that_is_seen(model, x0, label):
+        seen.append(x0)
+        return denoising_loss(model, x0, label)
+
+    monkeypatch.setattr(ddpm, "denoising_loss", loss_that_is_seen)
+    ddpm.main([*SMALL, "--no-watch", "--sample-steps=1", f"--out-dir={tmp_path}"])
+    first = grid_of(tmp_path / "mnist_first_batch.png", (291, 291))
+    np.testing.assert_allclose(first, ddpm.tile(seen[0], gap=1), atol=1)
+    forward = grid_of(tmp_path / "mnist_forward.png", (175, 291))
+    np.testing.assert_allclose(forward[:29], first[:29], atol=1)
+
+
 def test_from_the_shell(tmp_path):
-    """Read from a pipe, in a folder whose name the console can't show."""
+    """Read from a pipe, in a folder whose name the console can't show, without a display."""
     how = {"n_samples": 12, "label": 7, "guidance": 0.5, "sample_steps": 3, "variance": 1}
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in how.items()]
-    flags += [*SMALL, "--fashion", "--no-display", "--out-dir=Größe"]
+    flags += [*SMALL, "--fashion", "--no-watch", "--out-dir=Größe"]
     command = [sys.executable, "-", *flags, f"--data-dir={ROOT / 'datasets'}"]
-    env, source = os.environ | {"PYTHONIOENCODING": "ascii"}, (ROOT / "ddpm.py").read_bytes()
+    env = os.environ | {"PYTHONIOENCODING": "ascii", "MPLBACKEND": "tkagg", "DISPLAY": ":99"}
+    source = (ROOT / "ddpm.py").read_bytes()
     subprocess.run(command, cwd=tmp_path, env=env, input=source, check=True)
     assert_drawn(tmp_path / "Größe" / "fashion", SEED=3, **how)
     assert not list((tmp_path / "Größe").glob("*.pt.*"))
 
 
 def test_cells_run_in_a_notebook(tmp_path, monkeypatch, capsys):
-    """With the kernel's own command line; each cell may be run twice, and flags change later."""
+    """With the kernel's own command line; each cell may be run twice, flags change later, and names
+    of one's own are like those of options."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "datasets").symlink_to(ROOT / "datasets")
     notebook, shown = types.ModuleType("__main__"), []
@@ -96,7 +114,8 @@ def test_cells_run_in_a_notebook(tmp_path, monkeypatch, capsys):
     for cell in [*cells, *cells]:
         exec(cell, vars(notebook))  # noqa: S102
     assert list(tmp_path.iterdir()) == [tmp_path / "datasets"] and capsys.readouterr() == ("", "")
-    mine = "mine = 3\nn_images, n_epochs, n_steps, max_beta = 100, 1, 4, 0.99\n"
+    mine = "help, train, no_fashion, display, lr_ = 3, True, True, print, 0.1\n"
+    mine += "n_images, n_epochs, n_steps, max_beta = 100, 1, 4, 0.99\n"
     exec(mine + last, vars(notebook))  # noqa: S102
     assert {*DRAWN, *TRAINED} == {path.name for path in (tmp_path / "outputs").iterdir()}
     shown.clear()
@@ -115,32 +134,48 @@ def test_the_readme_runs_as_it_stands(copied, monkeypatch):
 
 
 def test_a_flag_has_the_same_effect_wherever_it_is_set(tmp_path, monkeypatch, capsys):
-    """Whole numbers in place of fractions are no reason to refuse fractions later, nor is a percent
-    sign one for --help to fail."""
-    values = {"no_train": True, "guidance": 2, "lr": 1, "label": 7, "out_dir": "50%s-A_b"}
+    """A percent sign is no reason for --help to fail, nor are cells that begin in another way, or
+    names like those of options."""
+    values = {"no_train": True, "guidance": 2.5, "n_epochs": 3, "label": 7, "out_dir": "50%s-A_b"}
     source, path = (ROOT / "ddpm.py").read_text(), tmp_path / "edited.py"
     for name, value in values.items():
         source = re.sub(rf"(?m)^{name} = .+?(?=  #)", f"{name} = {value!r}", source)
     path.write_text(source)
     in_file = (read_flags := runpy.run_path(str(path))["read_flags"])([])
-    argv = ["--no-train", "--guidance", "2", "--lr=1", "--label", "7", "--out-dir=50%s-A_b"]
+    argv = ["--no-train", "--guidance", "2.5", "--n-epochs=3", "--label", "7", "--out-dir=50%s-A_b"]
     on_the_line = ddpm.read_flags(argv)
+    by_name = ["--no_train", "--n_epochs=3", "--SEED=5"], ["--no-train", "--n-epochs=3", "--seed=5"]
+    by_name = [vars(ddpm.read_flags(each)) for each in by_name]
+    assert by_name[0] == by_name[1] and (by_name[0]["n_epochs"], by_name[0]["SEED"]) == (3, 5)
     for name, value in values.items():
         monkeypatch.setattr(ddpm, name, value)
         in_a_cell = ddpm.read_flags([])
         assert vars(in_file)[name] == vars(on_the_line)[name] == vars(in_a_cell)[name] == value
-    flags = read_flags(["--guidance=1.5", "--lr", "2e-3", "--no-no-train", "--no-display"])
-    assert (flags.guidance, flags.lr, flags.no_train, flags.display) == (1.5, 0.002, False, False)
+    flags = read_flags(["--guidance=1.5", "--lr", "2e-3", "--no-no-train", "--no-watch"])
+    assert (flags.guidance, flags.lr, flags.no_train, flags.watch) == (1.5, 0.002, False, False)
     with pytest.raises(SystemExit):
         read_flags(["--help"])
     shown, cell = capsys.readouterr().out, source.split("\n# %% Flags")[1].split("\n\n\n")[0]
     assert all(line in shown for line in re.findall(r"(?m)^\w+ = .+  # .+$", cell))
-    monkeypatch.setitem(sys.modules, "ipykernel", types.ModuleType("ipykernel"))
-    for first in ("ddpm.py", "-", "", str(ROOT / "ddpm.py")):  # as `%run` has it, too
-        monkeypatch.setattr(sys, "argv", [first, "--no-no-train"])
+    changed = source.replace("# %%", "# In[1]:").replace("resume =", "train, help = 1, 3\nresume =")
+    path.write_text(changed + "train = True\n")
+    read_flags = runpy.run_path(str(path))["read_flags"]
+    assert read_flags(["--no-train"]).no_train and not read_flags(["--no-train"]).fashion
+    with pytest.raises(SystemExit):
+        read_flags(["-h"])
+    assert "usage" in capsys.readouterr().out
+
+
+def test_the_command_line_is_ours_only_if_the_program_is(monkeypatch):
+    for first in ("ddpm.py", "-", "-c", str(ROOT / "ddpm.py")):  # as `%run` has it, too
+        monkeypatch.setattr(sys, "argv", [first, "--no-train"])
+        assert ddpm.read_flags().no_train
+    others = "ipykernel_launcher.py ipykernel/__main__.py bin/ipython pydevconsole.py pytest own.py"
+    for first in others.split():
+        monkeypatch.setattr(
+            sys, "argv", [f"/a/{first}", "-f", "x.json", "--no-banner", "--no-train"]
+        )
         assert not ddpm.read_flags().no_train
-    monkeypatch.setattr(sys, "argv", ["/a/ipykernel_launcher.py", "-f", "connection.json"])
-    assert ddpm.read_flags().no_train
 
 
 def test_bad_flags(copied):
@@ -150,13 +185,18 @@ def test_bad_flags(copied):
         --label=10 --label=-1 --n-samples=0 --sample-steps=0 --sample-steps=-1 --guidance=nan --lr=x
         --variance=3 --n-epochs=0 --n-steps=1 --max-beta=1 --data-dir=/dev/null/datasets stray
         --frobnicate --out-dir=out/mnist.pt --out-dir=out/mnist.pt/below --no-train--fashion
+        --max-beta=0.02 --batch-size=0 --batch-size=-1 --lr=-1 --lr=0 --lr=nan --n-images=0
+        --n-images=-9 --seed=-1 --seed=99999999999999999999 --n-epochs=2--resume
+        --max-beta=0.98--resume
     """
     for flag in bad.split():
-        flags, status = flag.replace("--", " --").split(), 1 if "out-dir" in flag else 2
-        *usage, line = program(copied, *SMALL, *flags, status=status)
-        assert line.startswith("ddpm.py:") and (not usage or usage[0].startswith("usage:"))
+        flags = flag.replace("--", " --").split()
+        of_argparse = flag in ("--lr=x", "stray", "--frobnicate")
+        *usage, line = program(copied, *SMALL, *flags, status=2 if of_argparse else 1)
+        assert line.startswith("ddpm.py:") and usage[:1] == ["usage: " + USAGE] * of_argparse
         word = re.match(r"(?:--)?(?:n-)?([a-z]+)", flags[-1])[1]
-        assert word in line and contents(copied) == before
+        assert word.replace("resume", "epochs" if "epochs" in flag else "schedule") in line.lower()
+        assert contents(copied) == before
 
 
 def test_weights_that_are_none(copied, monkeypatch):
@@ -198,7 +238,7 @@ def signal_at_store(number, signum):
 
 def test_stopped_and_resumed_is_as_never_stopped(tmp_path, whole_run):
     """Also after the end, and without training; until then the old weights are drawn from."""
-    program(tmp_path, *SMALL, "--n-epochs=1", "--SEED=4", "--no-display")
+    program(tmp_path, *SMALL, "--n-epochs=1", "--SEED=4", "--no-watch")
     finished = contents(tmp_path)["mnist.pt"]
     ctrl_c = partial(signal_at_store, 2, signal.SIGINT)
     lines = program(tmp_path, *SMALL, status=1, prepare=ctrl_c)
@@ -206,11 +246,11 @@ def test_stopped_and_resumed_is_as_never_stopped(tmp_path, whole_run):
     kill = partial(signal_at_store, 3, signal.SIGKILL)
     program(tmp_path, *SMALL, "--resume", status=-signal.SIGKILL, prepare=kill)
     text = (tmp_path / "stdout").read_text()  # in a file, too, each epoch is seen at once
-    assert re.findall(r"epoch (\d)", text) == ["1"]
+    assert re.findall(r"epoch (\d)", text) == ["0", "1"]  # after 0, it goes on
     program(tmp_path, "--no-train")
     assert contents(tmp_path)["mnist.pt"] == finished
     assert_drawn(tmp_path / "out" / "mnist")
-    for flag, epochs in ("--resume", ["2", "3"]), ("--resume", []), ("--no-train", []):
+    for flag, epochs in ("--resume", ["1", "2", "3"]), ("--resume", ["3"]), ("--no-train", []):
         for name in DRAWN:
             (tmp_path / "out" / name).unlink()
         program(tmp_path, *SMALL, flag)

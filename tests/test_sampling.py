@@ -90,13 +90,11 @@ def test_labels_reach_the_network(label):
     assert torch.equal(guided.calls[4][2], expected) and (guided.calls[5][2] == 10).all()
 
 
-def test_many_images_are_drawn_in_batches(tmp_path):
+def test_many_images(tmp_path):
     """Classes go on in turn, the noise isn't repeated, and the GIF is of the first hundred."""
     network, gif = labelled(), tmp_path / "a.gif"
-    found = draw(ddpm.MyDDPM(network), 1203, 1, gif, guidance=1, h=5, w=9)
-    noise, t, label, _ = zip(*network.calls, strict=True)
-    assert list(map(len, noise)) == list(map(len, label)) and max(map(len, noise)) <= 500
-    noise, t, label = map(torch.cat, (noise, t, label))
+    found = draw(ddpm.MyDDPM(network, image_chw=(1, 5, 9)), 1203, 1, gif, guidance=1)
+    [(noise, t, label, _)] = network.calls
     assert torch.equal(label, torch.arange(1203) % 10) and (t == 999).all()
     assert len(noise[:, 0, 0, 0].unique()) > 1195 and found.shape == (1203, 1, 5, 9)
     assert abs(noise.mean()) < 0.015 and abs(noise.std() - 1) < 0.015
@@ -125,6 +123,15 @@ def test_what_makes_no_sense_is_refused(tmp_path):
         with pytest.raises(ddpm.InputError, match=name):
             draw(ddpm.MyDDPM(network := labelled()), **how)
         assert network.calls == list(tmp_path.iterdir()) == []
+
+
+def test_a_gif_that_cannot_be_written_is_refused(tmp_path):
+    """Before the network is called."""
+    (tmp_path / "file").touch()
+    for place in ("pics/a.gif", "file/a.gif"):
+        with pytest.raises(OSError, match=place):
+            draw(ddpm.MyDDPM(network := labelled()), gif_name=tmp_path / place)
+        assert network.calls == []
 
 
 def test_on_cuda_no_value_is_waited_for():
@@ -184,7 +191,7 @@ def test_gif(steps, frames, expected, tmp_path):
 
 @pytest.mark.parametrize("n", [1, 3, 23])
 def test_a_figure_shows_the_images(n, images, tmp_path, monkeypatch):
-    """Into the file without a window, and in a window if there is no file; then as they drown."""
+    """Into the file, without a window, and in a window if there is no file; then as they drown."""
     windows, images, path = [], images[:n].clamp(max=0), tmp_path / "a.png"
     monkeypatch.setattr(ddpm.plt, "show", lambda: windows.append(1))
     loader, model = DataLoader(TensorDataset(images), n), ddpm.MyDDPM(Network())
@@ -195,7 +202,7 @@ def test_a_figure_shows_the_images(n, images, tmp_path, monkeypatch):
     ddpm.show_forward(model, loader, path=path)
     torch.manual_seed(0)
     x0 = next(iter(loader))[0][:10]
-    rows = [x0, *(model(x0, t) for t in (249, 499, 749, 999))]
+    rows = [x0, *(model(x0, t) for t in (49, 99, 199, 399, 999))]
     grid = ddpm.tile(torch.cat(rows), gap=1, columns=len(x0))
     np.testing.assert_allclose(grid_of(path, grid.shape), grid, atol=1)
     assert windows == []

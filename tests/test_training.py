@@ -25,16 +25,17 @@ def loss_of(network, x0, label=None):
 
 
 def test_steps_are_drawn_by_their_density_and_a_tenth_of_the_labels_is_dropped():
-    """One t in each of n parts of the range: no share of the steps is off by more than one."""
-    network, roots, labels = Network(n_classes=10), BARS.sqrt(), torch.arange(200_000) % 10
+    """Each t is drawn on its own: counts are as far off as chance has them, and no farther."""
+    network, labels = Network(n_classes=10), torch.arange(200_000) % 10
     loss_of(network, torch.zeros(5000, 1, 1, 1))
     loss_of(network, torch.zeros(200_000, 1, 1, 1), labels)
-    (x, t, none, _), (_, _, kept, _) = network.calls
-    counts = t.bincount(minlength=T).cumsum(0)
-    assert (counts - 5000 * roots.cumsum(0) / roots.sum()).abs().max() < 1.05
-    assert abs(np.corrcoef(t, np.arange(5000))[0, 1]) < 0.1
+    (_, _, none, _), (x, t, kept, _) = network.calls
+    expected = 200_000 * BARS.sqrt() / BARS.sqrt().sum()
+    off = (t.bincount(minlength=T) - expected) / expected.sqrt()
+    assert off.abs().max() < 5 and 0.7 < off.std() < 1.3
+    assert abs(np.corrcoef(t, np.arange(200_000))[0, 1]) < 0.01
     eta = x.flatten() / (1 - BARS[t]).sqrt()
-    assert abs(eta.mean()) < 0.07 and abs(eta.std() - 1) < 0.05 and (none == 10).all()
+    assert abs(eta.mean()) < 0.01 and abs(eta.std() - 1) < 0.01 and (none == 10).all()
     assert abs((kept == 10).double().mean() - 0.1) < 0.003
     assert torch.equal(kept[kept != 10], labels[kept != 10])
 
@@ -164,9 +165,34 @@ def test_what_fails_leaves_the_old_weights(train, digits):
     with pytest.raises(ddpm.InputError, match="optimizer"):
         train(optim=ddpm.Muon(ddpm.MyUNet().parameters()))
     assert list(path.parent.iterdir()) == [path]
-    with pytest.raises(FloatingPointError, match="epoch 1"):
+    with pytest.raises(ddpm.InputError, match="epoch 1"):
         train(2, network := usual(), optim=torch.optim.SGD(network.parameters(), 1e30))
     assert path.read_bytes() == before
+
+
+def test_a_training_goes_on_only_if_it_can_be_what_was_meant(train, digits, capsys):
+    """Not if as many epochs are done as it is to have, or with another schedule or size of images."""
+    path, steps = train()[2], iter(range(6))
+    optim = ddpm.Muon((network := ddpm.MyUNet()).parameters())
+    optim.register_step_post_hook(lambda *_: next(steps))
+    with pytest.raises(StopIteration):
+        train(200, network, optim=optim)  # stopped in its fourth epoch
+    before = [file.read_bytes() for file in sorted(path.parent.iterdir())]
+    for n_epochs in (1, 3):
+        with pytest.raises(ddpm.InputError, match="3 epochs"):
+            train(n_epochs, resume=True)
+    for given in ({"n_steps": 999}, {"max_beta": 0.03}, {"min_beta": 2e-4}):
+        with pytest.raises(ddpm.InputError, match="another schedule"):
+            train(9, model=ddpm.MyDDPM(ddpm.MyUNet(), **given), resume=True)
+    x, y = digits[:100]
+    with pytest.raises(ddpm.InputError, match="size of images"):
+        model = ddpm.MyDDPM(ddpm.MyUNet(), image_chw=(1, 28, 20))
+        train(9, data=(x[..., 4:-4], y), model=model, resume=True)
+    assert [file.read_bytes() for file in sorted(path.parent.iterdir())] == before
+    assert len(train(4, resume=True)[1]) == 4 and "after epoch 3" in capsys.readouterr().out
+    with pytest.raises(ddpm.InputError, match="4 epochs"):
+        train(3, resume=True)
+    assert len(train(4, resume=True)[1]) == 4  # finished: there is nothing left to do
 
 
 def test_a_training_goes_on_in_another_way(train):
