@@ -65,7 +65,7 @@ n_samples = 100  # how many images to sample; the pictures show the first 100
 label = None  # draw only this class, 0 to 9; None is every class in turn
 guidance = 1.75  # how much the label counts: 0 not at all, 1 as learned, more exaggerates it
 sample_steps = 1000  # fewer are faster, and 50 nearly as good
-variance = 2  # of the noise in a step back: 2 is beta-tilde; 1 is beta, good for all steps only
+variance = 2  # of the noise in a step back: 2 is beta-tilde; 1 is beta, if no step is left out
 # Training
 n_epochs = 10  # how often training sees each image
 n_images = 60_000  # training images; fewer for a quick look
@@ -85,7 +85,7 @@ class MyDDPM(nn.Module):
     """The forward process with its linear schedule, and the network that undoes it [1].
 
     `network` maps x (n, c, h, w), steps t (n,) and labels (n,) to the noise in x, or to v of [3] if
-    its `predicts_v` is true. Labels are classes from 0, or its `n_classes` for no label. Images are
+    its `predicts_v` is true. A label is a class from 0, or `network.n_classes` for none. Images are
     (c, h, w) = `image_chw`. The schedule is in buffers (n_steps,), which move with the model and
     are saved with it: betas, alphas = 1 - betas, and alpha_bars, their products up to t, which say
     how much of the image's variance is left. Raises ValueError if a schedule can't work.
@@ -100,15 +100,15 @@ class MyDDPM(nn.Module):
         betas = torch.linspace(min_beta, max_beta, n_steps, dtype=torch.float64)
         alphas = 1 - betas
         alpha_bars = alphas.cumprod(0)
-        left = alpha_bars[-1].item()  # of an image, but sampling begins with noise alone
-        text = f"the schedule leaves {left:.2g} of an image, not 1e-30 to 0.1: change max_beta"
-        require(1e-30 < left < 0.1, text)
+        left = alpha_bars[-1].item()  # of an image, while sampling begins with noise alone
+        text = f"the schedule leaves {left:.2g} of an image, not 1e-30 to 0.1"
+        require(1e-30 < left < 0.1, f"{text}: change n_steps or max_beta")
         self.register_buffer("betas", betas.float())
         self.register_buffer("alphas", alphas.float())
         self.register_buffer("alpha_bars", alpha_bars.float())
         self.network = network
         self.n_steps = n_steps
-        self.image_chw = tuple(int(size) for size in image_chw or (1, 28, 28))
+        self.image_chw = tuple(map(int, image_chw or (1, 28, 28)))
         self.to(device)
 
     def forward(self, x0, t, eta=None):
@@ -118,9 +118,9 @@ class MyDDPM(nn.Module):
         return alpha_bar.sqrt() * x0 + (1 - alpha_bar).sqrt() * eta
 
     def backward(self, x, t, label=None):
-        """x_t (n, c, h, w), t as above -> eta_theta (n, c, h, w), the noise predicted in x_t.
+        """x_t (n, c, h, w), t (n,) or one number -> eta_theta, the noise predicted in x_t.
 
-        Named after the backward process, not autograd. `label` (n,) holds classes, or n_classes for
+        Named after the reverse process, not autograd. `label` (n,) holds classes, or n_classes for
         no label; None is no label for all. Raises ValueError if the prediction has another shape.
         """
         t = t.flatten() if torch.is_tensor(t) else torch.full((len(x),), t, device=x.device)
@@ -129,14 +129,14 @@ class MyDDPM(nn.Module):
         require(prediction.shape == x.shape, f"the network predicts {tuple(prediction.shape)}")
         if not self.network.predicts_v:
             return prediction
-        # v is sqrt(alpha_bar) eta - sqrt(1 - alpha_bar) x0, and x_t is as above: this sum is eta.
-        # Late in the process x_t itself is nearly eta, and v a small correction.
+        # v is sqrt(alpha_bar) eta - sqrt(1 - alpha_bar) x0, and x_t is eq. 4: this sum is eta. Late
+        # in the process x_t itself is nearly eta, and the term with v a small correction.
         alpha_bar = self.alpha_bars[t].reshape(-1, 1, 1, 1)
         return (1 - alpha_bar).sqrt() * x + alpha_bar.sqrt() * prediction
 
 
 def denoising_loss(ddpm, x0, label=None):
-    """Algorithm 1 of [1], lines 2 to 5. -> mean squared error of the predicted noise.
+    """The loss of Algorithm 1 of [1] -> mean squared error of the predicted noise.
 
     x0 is (n, c, h, w) in [-1, 1], label (n,) or None. The error is large where there is little
     noise: the network learns faster if such steps are drawn more often, here in proportion to
@@ -165,7 +165,7 @@ def predict_x0(ddpm, x, t, label=None, guidance=1.0):
 
 
 def falling_steps(n, highest):
-    """-> n whole numbers from `highest` down to 0, none of them twice, the lower the denser [7]."""
+    """-> n falling whole numbers from `highest`, none of them twice, the lower the denser [7]."""
     steps = highest * np.linspace(1, 0, n) ** 2
     return np.maximum(steps.round(), np.arange(n)[::-1]).astype(int).tolist()
 
@@ -174,12 +174,12 @@ def falling_steps(n, highest):
 def reverse_process(ddpm, x, label, guidance, sample_steps, variance, generator=None):
     """Yields x_T, the noise x (n, c, h, w) itself, then x after each step back; the last is x_0.
 
-    A step from t to an earlier s samples x_s from q(x_s given x_t and x_0), which is eq. 7 of [1]
-    with alpha_bar_t / alpha_bar_s in place of alpha_t. With s = t - 1 this is Algorithm 2, but
-    with x_0 clipped. The variance is beta-tilde, or with variance=1 beta, for all steps only.
-    Where steps between t and s are left out [7], x_0 as predicted at t would be out of date
-    half-way. So the last two predictions are extrapolated in a straight line, over the logarithm
-    of the signal-to-noise ratio, to the middle between t and s: SDE-DPM-Solver++(2M) of [8].
+    A step from t to an earlier s samples x_s from q(x_s given x_t and the predicted x_0), eq. 7 of
+    [1] with s for t - 1 and alpha_bar_t / alpha_bar_s for alpha_t: Algorithm 2 if s is t - 1, but
+    with x_0 clipped. The variance is beta-tilde, or beta with variance=1: too much for few steps.
+    Where steps between t and s are left out [7], x_0 as predicted at t no longer fits half-way. So
+    the last two predictions are extrapolated in a straight line, over the logarithm of the
+    signal-to-noise ratio, to the middle between t and s: SDE-DPM-Solver++(2M) of [8].
     """
     alpha_bars = [*ddpm.alpha_bars.tolist(), 1.0]  # the last is that of x_0, at "step" -1
     log_snr = [math.log(a_t / (1 - a_t)) for a_t in alpha_bars[:-1]]
@@ -242,8 +242,8 @@ class Blocks(nn.ModuleList):
 class MyUNet(nn.Module):
     """UNet [4] with a sinusoidal embedding of the step t [5], and a learned one of the label.
 
-    Squares of 2 x 2 pixels become channels at once. Half resolution is added on the way up again,
-    by a skip connection. Sides of images are multiples of 4.
+    Squares of 2 x 2 pixels become channels at once. A skip connection at half resolution adds the
+    way down to the way up. Sides of images must be multiples of 4.
     """
 
     predicts_v = True
@@ -277,7 +277,7 @@ class MyUNet(nn.Module):
 
 # %% Optimizer: Muon
 def orthogonalize(matrix):
-    """U S V^T (n, m) -> about U V^T: all but the smallest singular values come to about 1 [6]."""
+    """U S V^T (n, m) -> about U V^T: all but the smallest of S come to between 0.7 and 1.2 [6]."""
     x = matrix / matrix.norm().clamp(min=1e-7)
     for _ in range(3):  # iterations of Newton-Schulz, of which [6] has five
         gram = x @ x.T
@@ -288,8 +288,8 @@ def orthogonalize(matrix):
 class Muon(torch.optim.Optimizer):
     """Momentum made orthogonal [6]: every direction of a matrix moves about equally far.
 
-    A convolution is a matrix, once flattened, and a vector one of a single column. First and last
-    layer and embedding, which [6] leaves to Adam, have no exception, tall matrices no factor.
+    A convolution is a matrix, once flattened, and a vector is one column. Unlike [6], it moves the
+    first and last layer and the embedding, too, and tall matrices no farther than others.
     """
 
     def __init__(self, params, lr=0.01):
@@ -330,7 +330,7 @@ def write_file(path, data):
 
 # %% Pictures: one grey scale for all, -1 is black and 1 is white
 def tile(images, gap=0, columns=10):
-    """Images (n, c, h, w) in [-1, 1] -> one uint8 picture (height, width), of colours (.., .., 3)."""
+    """Images (n, c, h, w) in [-1, 1] -> one uint8 picture (height, width) or (height, width, 3)."""
     grid = make_grid(images, columns, gap, normalize=True, value_range=(-1, 1))
     grid = rearrange(grid[: images.shape[1]], "c h w -> h w c").squeeze(2)
     return (255 * grid).round().byte().cpu().numpy()
@@ -358,7 +358,7 @@ def figure(path=None):
 
 
 def show_images(images, title="", path=None, rows=()):
-    """Draws images (n, c, h, w) in [-1, 1], any number, as one grid of these rows, or of ten a row."""
+    """Draws any number of images (n, c, h, w) in [-1, 1] in named rows, or ten in a row."""
     grid = tile(torch.as_tensor(images), 1, len(images) // len(rows) if rows else 10)
     with figure(path) as ax:
         ax.imshow(grid, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
@@ -389,7 +389,7 @@ def show_losses(losses, path=None):
 
 # %% Sampling: new images
 def labels_to_draw(ddpm, n_samples, label, guidance, sample_steps, variance):
-    """-> labels (n_samples,), if the rest makes sense, too. Raises ValueError if not."""
+    """-> labels (n_samples,), after a look at all arguments. ValueError: one makes no sense."""
     require(n_samples >= 1 and sample_steps >= 1, "n_samples and sample_steps must be at least 1")
     require(0 <= guidance <= 100, f"guidance must be from 0 to 100, not {guidance}")
     require(variance in (1, 2), f"variance must be 1 (beta) or 2 (beta-tilde), not {variance}")
@@ -475,7 +475,7 @@ def load_training(store_path, ddpm, optim, n_epochs):
     require(same, f"{path} has another schedule or size of images")
     state = torch.load(path, map_location="cpu", weights_only=True)
     done = len(state["losses"])
-    most = n_epochs - (path == unfinished)  # the last epoch is stored as finished only
+    most = n_epochs - (path == unfinished)  # what is unfinished lacks its last epoch
     require(done <= most, f"{done} epochs of a longer training are done, n_epochs is {n_epochs}")
     momenta = state.get(type(optim).__name__, {})
     optim.load_state_dict(optim.state_dict() | {"state": momenta})
@@ -502,9 +502,9 @@ def training_loop(
 ):
     """Algorithm 1 of [1] on batches [x0, label, ...] or [x0] of a loader. -> loss of each epoch.
 
-    The rate of `optim` rises for a twentieth of the training, then falls straight to 0. All is
-    stored before and after each epoch in `store_path`.training, for `resume`, then in `store_path`;
-    `display` samples images into `store_path`.png. Call torch.manual_seed first. Raises ValueError.
+    The rate of `optim` rises for a twentieth of the training, then falls straight to 0. Until the
+    end, when `store_path` is written, `store_path`.training has what `resume` needs; `display`
+    samples images into `store_path`.png. Call torch.manual_seed first. Raises ValueError.
     """
     device, seed = ddpm.to(device).betas.device, torch.initial_seed()
     check_training(ddpm, loader, n_epochs, optim)
@@ -516,8 +516,7 @@ def training_loop(
         torch.manual_seed((seed + 1000 * epoch) % 2**63)  # the same if resumed
         ddpm.train()
         total = 0
-        batches = tqdm(iter(loader), f"Epoch {epoch + 1}", len(loader), leave=False)
-        for x0, *labels in batches:
+        for x0, *labels in tqdm(iter(loader), f"Epoch {epoch + 1}", len(loader), leave=False):
             label = labels[0].to(device).long() if ddpm.network.n_classes else None
             loss = denoising_loss(ddpm, x0.to(device), label)
             optim.zero_grad()
@@ -534,6 +533,7 @@ def training_loop(
         if display:
             images = generate_new_images(ddpm, 10, gif_name=None, sample_steps=20)
             show_images(images, f"After epoch {epoch + 1}", f"{store_path}.png")
+    torch.manual_seed((seed + 1000 * n_epochs) % 2**63)  # what comes next has other noise
     store(store_path, ddpm, losses)
     os.remove(f"{store_path}.training")
     return losses

@@ -1,23 +1,23 @@
-"""What is each idea worth? Run by hand on an idle machine: it takes hours.
+"""What is each idea worth, and what do more epochs buy? Run by hand on an idle machine: hours.
 
-    python tests/ablation.py                              the recipe, and with one thing changed
-    python tests/ablation.py mnist --images 60000         one data set, and shorter trainings
-    python tests/ablation.py --passes 1 3 10 30           what more passes over all images buy:
-                                                          a table, a curve, and the same noise
-                                                          drawn after each
-    python tests/ablation.py --guidance 0 1 2 4           only a picture: the same noise, guided so
+    python tests/ablation.py                      the recipe, and with something changed
+    python tests/ablation.py mnist --images 30000 one data set, and shorter trainings
+    python tests/ablation.py --epochs 1 3 10      a table, a curve, and the same noise drawn after
+                                                  each
 
-What is changed in drawing is tried on the weights in outputs/. Each later row is a training of its
-own, from the same seed, of the same number of images; "seconds" is what it took. The learning rate
-rises and falls over just these images: three passes are a finished short training, not the start of
-a long one. ddpm.training_loop trains all of them; what is taken out or put in is replaced at its
-name in ddpm.py.
+Each row is two trainings of their own, of the same number of images, with seeds 0 and 1; a cell has
+both results. The learning rate rises and falls over just these images: an epoch is a finished short
+training, not the start of a long one. ddpm.training_loop trains all of them; what is taken out or
+put in is replaced at its name in ddpm.py.
 
-5,000 training images are held back, but not from the weights in outputs/ and those of --passes:
-"t = 20" is the mean squared error of the noise in them at this step. "FID* x2" (see quality.py) is
-that of 2,000 images in 25 steps against the test images, with guidance 2, and "other" the share of
-them, in %, that the classifier takes for a class not asked for. The report's loop has its batches
-of 128, but our network and our way of reading images and drawing.
+5,000 training images are held back from these trainings and from the judge (see quality.py). "t =
+20" is the mean squared error of the noise in them at this step. "FID* x1.75" is that of images
+drawn in 25 steps with guidance 1.75 against as many of those held back, and "other" the share of
+them, in %, that the classifier takes for a class not asked for. Recipes are chosen by these.
+Trainings of --epochs have all images, as those in outputs/ have, and are compared with test images.
+
+The report's loop: no labels, the noise predicted directly, t uniform, Adam with a constant rate of
+0.001, batches of 128 and so half as many steps; but with our network, and drawn our way.
 """
 
 import argparse
@@ -28,28 +28,27 @@ from unittest import mock
 
 import matplotlib.pyplot as plt
 import torch
-from matplotlib.ticker import LogFormatter, NullFormatter
-from quality import DEVICE, Judge, clock, ddpm, draw, features, frechet, other_class, quietly
+from matplotlib.ticker import NullFormatter
+from quality import DEVICE, Judge, clock, ddpm, draw, features, frechet, other_class, quietly, split
 from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
 OUTPUTS = Path(ddpm.out_dir)
+SETS = {"mnist": "digits", "fashion": "clothes"}
 
 
-def denoising_loss(model, x0, label=None, density=True, parts=True, of_v=False):
+def denoising_loss(model, x0, label=None, density=True, of_v=False):
     """ddpm.denoising_loss, and what can be changed in it.
 
-    `density` and `parts` say how the steps are drawn, without a change of what is minimized. That
-    is the error of the noise, or `of_v`.
+    `density` says whether steps are drawn unevenly, without a change of what is minimized. That is
+    the error of the noise, or `of_v`.
     """
-    n, device = len(x0), x0.device
     root = model.alpha_bars.sqrt()
     table = root / root.mean() if density else torch.ones_like(root)
-    place = torch.randperm(n, device=device) if parts else 0
-    u = (place + torch.rand(n, device=device)) / (n if parts else 1)
-    t = torch.searchsorted(table.cumsum(0) / model.n_steps, u).clamp(max=model.n_steps - 1)
+    t = torch.multinomial(table, len(x0), replacement=True)
     eta = torch.randn_like(x0)
     if label is not None:
-        label = label.masked_fill(torch.rand(n, device=device) < 0.1, model.network.n_classes)
+        dropped = torch.rand(len(x0), device=x0.device) < 0.1
+        label = label.masked_fill(dropped, model.network.n_classes)
     eta_theta = model.backward(model(x0, t, eta), t, label)
     errors = (eta_theta - eta).square().mean((1, 2, 3))
     errors = errors / model.alpha_bars[t] if of_v else errors
@@ -86,20 +85,22 @@ class ConstantAdam(torch.optim.Adam):
         super().step()
 
 
+UNIFORM = partial(denoising_loss, density=False)
 CHANGED = {
-    "labels: none": {"network": partial(ddpm.MyUNet, n_classes=0)},
-    "t: uniform": {"loss": partial(denoising_loss, density=False)},
-    "t: uniform; v: the noise itself": {
-        "network": PlainNoise,
-        "loss": partial(denoising_loss, density=False),
-    },
-    "t: drawn freely": {"loss": partial(denoising_loss, parts=False)},
-    "weight: the error of v": {"loss": partial(denoising_loss, of_v=True)},
-    "Muon: Adam, rate 0.002": {"optimizer": torch.optim.Adam, "lr": 2e-3},
-    "Muon: Adam, rate 0.004": {"optimizer": torch.optim.Adam, "lr": 4e-3},
-    "all: the report's loop": {
+    "nothing: the recipe": {},
+    "no labels": {"network": partial(ddpm.MyUNet, n_classes=0)},
+    "t uniform": {"loss": UNIFORM},
+    "t uniform, noise predicted directly": {"network": PlainNoise, "loss": UNIFORM},
+    "t uniform, weight: error of v": {"loss": partial(denoising_loss, density=False, of_v=True)},
+    "Muon, rate 0.005": {"lr": 5e-3},
+    "Muon, rate 0.02": {"lr": 2e-2},
+    "Adam, rate 0.002": {"optimizer": torch.optim.Adam, "lr": 2e-3},
+    "Adam, rate 0.004": {"optimizer": torch.optim.Adam, "lr": 4e-3},
+    "Adam, rate 0.008": {"optimizer": torch.optim.Adam, "lr": 8e-3},
+    "Adam, rate 0.016": {"optimizer": torch.optim.Adam, "lr": 16e-3},
+    "the report's loop": {
         "network": partial(PlainNoise, n_classes=0),
-        "loss": partial(denoising_loss, density=False, parts=False),
+        "loss": UNIFORM,
         "optimizer": ConstantAdam,
         "lr": 1e-3,
         "batch_size": 128,
@@ -136,49 +137,57 @@ def train(
     return model, clock() - start
 
 
-GUIDANCES = sorted({1, 1.5, 2, ddpm.guidance})
-COLUMNS = ["images", "seconds", "t = 20", "t = 100", "t = 300"]
-COLUMNS += [f"{name} x{guidance:g}" for name in ("FID*", "other") for guidance in GUIDANCES]
+COLUMNS = ["seconds", "t = 20", "t = 100", "t = 300", "FID* x1", f"FID* x{ddpm.guidance:g}"]
+COLUMNS += ["other x1", f"other x{ddpm.guidance:g}"]
 
 
 class Table:
     """Judges models of one data set, and prints a row for each."""
 
-    def __init__(self, name, args, first):
-        self.name, self.n, self.seed = name, args.n, args.seed
-        judge = Judge(name == "fashion", args.n, learn=False)
-        self.net, self.balanced = judge.net, judge.test_feats
-        self.natural = features(judge.net, judge.test)
+    def __init__(self, name, n, first, held_out):
+        self.n, (learned, others) = n, split()
+        judge = Judge(name == "fashion", n, held_out)
+        self.net, self.balanced, self.floor = judge.net, judge.real, judge.floor
+        self.natural = features(judge.net, judge.train[others[:n]])
         dataset = ddpm.load_data(name == "fashion")
-        order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))
-        self.held_out = [part.to(DEVICE) for part in dataset[order[:5000]]]
-        self.dataset = TensorDataset(*dataset[order[5000:]])
-        print(f"\n{first:34}" + "".join(f"{column:>12}" for column in COLUMNS))
+        self.held_out = [part.to(DEVICE) for part in dataset[others]]
+        self.dataset = TensorDataset(*dataset[learned])
+        print(f"\n{first:36}" + "".join(f"{column:>16}" for column in COLUMNS))
 
-    def row(self, name, found):
-        """Prints a cell for each of COLUMNS, or a dash if it was not found."""
-        texts = [f"{found[key]:,.7g}" if key in found else "-" for key in COLUMNS]
-        print(f"{name:34}" + "".join(f"{text:>12}" for text in texts), flush=True)
+    def row(self, name, *found):
+        """Prints a cell for each of COLUMNS, of all that was found, or a dash."""
+        cells = [", ".join(f"{each[key]:.4g}" for each in found if key in each) for key in COLUMNS]
+        print(f"{name:36}" + "".join(f"{cell or '-':>16}" for cell in cells), flush=True)
 
     def train(self, name, n_images, **recipe):
-        """Trains a model and prints its row."""
-        model, seconds = quietly(train, self.dataset, n_images, self.seed, **recipe)
-        self.judge(name, model, images=n_images, seconds=round(seconds))
+        """Trains a model with each of two seeds, and prints their row."""
+        found = []
+        for seed in (0, 1):
+            try:
+                model, seconds = quietly(train, self.dataset, n_images, seed, **recipe)
+            except ddpm.InputError:  # the loss is not finite
+                name += ", diverged"
+                continue
+            found.append({"seconds": seconds, **self.judge(model, seed)})
+        self.row(name, *found)
 
-    def judge(self, name, model, steps=25, guidances=(1, ddpm.guidance), **found):
-        """Prints the row of a model, with what was found before. -> the row."""
-        found |= {**self.losses(model), **self.pictures(model, steps, guidances)}
-        self.row(name, found)
+    def judge(self, model, seed=0):
+        """-> the errors of a model, and what the judge says of the images that it draws."""
+        found, labels = self.errors(model), model.network.n_classes > 0
+        # Without labels a class is drawn as often as it occurs.
+        real = self.balanced if labels else self.natural
+        for guidance in (1, ddpm.guidance) if labels else [1]:
+            how = {"guidance": guidance, "sample_steps": 25, "SEED": seed}
+            feats = features(self.net, draw(model, self.n, **how))
+            found[f"FID* x{guidance:g}"] = frechet(feats, real)
+            if labels:
+                other = other_class(self.net, feats, torch.arange(self.n) % 10)
+                found[f"other x{guidance:g}"] = other
         return found
 
-    def finished(self, *steps):
-        """Prints a row for the weights in outputs/, for each number of steps to draw in."""
-        model = ddpm.load_model(OUTPUTS / f"{self.name}.pt", DEVICE)
-        for n in steps:
-            self.judge(f"outputs/, drawn in {n:,} steps", model, n, GUIDANCES)
-
     @torch.no_grad()
-    def losses(self, model):
+    def errors(self, model):
+        """-> the mean squared error of the noise at some steps."""
         found = {}
         for t in (20, 100, 300):
             torch.manual_seed(0)  # the same noise for all models
@@ -187,114 +196,87 @@ class Table:
                 label = label if model.network.n_classes else None
                 eta = torch.randn_like(x0)
                 errors.append((model.backward(model(x0, t, eta), t, label) - eta).square())
-            found[f"t = {t}"] = round(torch.cat(errors).mean().item(), 5)
-        return found
-
-    def pictures(self, model, steps, guidances):
-        """-> what the judge says of the images that the model draws."""
-        found, labels = {}, model.network.n_classes > 0
-        # Without labels a class is drawn as often as it occurs, as in all test images.
-        real = self.balanced if labels else self.natural
-        for guidance in guidances if labels else [1]:
-            how = {"guidance": guidance, "sample_steps": steps, "SEED": self.seed}
-            feats = features(self.net, draw(model, self.n, **how))
-            found[f"FID* x{guidance:g}"] = round(frechet(feats, real), 3)
-            if labels:
-                other = other_class(self.net, feats, torch.arange(self.n) % 10)
-                found[f"other x{guidance:g}"] = round(other, 2)
+            found[f"t = {t}"] = torch.cat(errors).mean().item()
         return found
 
 
 def ablate(name, args):
-    """Prints the table: other ways of drawing, and then of training, one thing changed in each."""
+    """Prints the table of one data set."""
     check_loss()
-    table = Table(name, args, "changed")
-    table.finished(25, 50, *[] if args.no_full_chain else [ddpm.n_steps])
-    table.train("nothing: the recipe", args.images)
+    table = Table(name, args.n, f"{SETS[name]}: changed", held_out=True)
     for change, recipe in CHANGED.items():
-        try:
-            table.train(change, args.images, **recipe)
-        except FloatingPointError:
-            table.row(f"{change}, diverged", {})
+        table.train(change, args.images, **recipe)
 
 
-def after(n_passes, name, args):
-    """-> MyDDPM after so many passes over a whole set: that in outputs/, or trained, if need be."""
-    if n_passes == ddpm.n_epochs:
+def after(n_epochs, name, args):
+    """-> MyDDPM after so many epochs: that in outputs/, or trained, if need be."""
+    if n_epochs == ddpm.n_epochs:
         return ddpm.load_model(OUTPUTS / f"{name}.pt", DEVICE)
-    path = args.weights_dir / f"{name}_{n_passes}.pt"
+    path = args.weights_dir / f"{name}_{n_epochs}.pt"
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.exists():
         print(f"training {path}", flush=True)
         dataset = ddpm.load_data(name == "fashion")
-        train(dataset, len(dataset), args.seed, n_passes, path)
+        train(dataset, len(dataset), 0, n_epochs, path)
     return ddpm.load_model(path, DEVICE)
 
 
 def curves(args):
-    """Prints the table of so many passes, and draws all sets into one picture."""
-    _, axes = plt.subplots(figsize=(7, 5))
+    """Prints the table of so many epochs, and draws all sets into one picture."""
+    _, ax = plt.subplots(figsize=(7, 5))
     for color, name in enumerate(args.sets):
-        models = {n: after(n, name, args) for n in args.passes}
-        table = Table(name, args, f"{name}, passes")
-        rows = [table.judge(f"{n}", model) for n, model in models.items()]
-        for guidance, style in ((1, ":"), (ddpm.guidance, "-")):
+        table = Table(name, args.n, f"{SETS[name]}: epochs", held_out=False)
+        rows = []
+        for n in args.epochs:
+            rows.append(table.judge(after(n, name, args)))
+            table.row(str(n), rows[-1])
+        for guidance, style in ((1, "o:"), (ddpm.guidance, "o-")):
             fids = [row[f"FID* x{guidance:g}"] for row in rows]
-            label = f"{name}, guidance {guidance:g}"
-            axes.loglog(args.passes, fids, f"C{color}.{style}", label=label)
-    axes.set(xlabel="passes over the images", ylabel=f"FID* of {args.n:,} images in 25 steps")
-    axes.set_xticks(args.passes, args.passes)
-    axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.yaxis.set_major_formatter(LogFormatter())
-    axes.yaxis.set_minor_formatter(LogFormatter())
-    axes.grid(which="both", alpha=0.3)
-    axes.legend()
-    ddpm.show_figure(args.out_dir / "curve.png")
+            label = f"{SETS[name]}, guidance {guidance:g}"
+            ax.loglog(args.epochs, fids, style, color=f"C{color}", label=label)
+        label = f"{SETS[name]}, training images"
+        ax.axhline(table.floor, color=f"C{color}", linewidth=0.8, label=label)
+    ax.set_title(f"What more epochs buy: FID* of {args.n:,} images in 25 steps")
+    ax.set(xlabel="epochs, each point a training of its own", ylabel="FID*")
+    ax.set_xticks(args.epochs, args.epochs)
+    ticks = [0.2, 0.5, 1, 2, 5, 10, 20]
+    ax.set_yticks(ticks, map(str, ticks))
+    ax.xaxis.set_minor_formatter(NullFormatter())
+    ax.yaxis.set_minor_formatter(NullFormatter())
+    ax.grid(alpha=0.3)
+    ax.legend(fontsize="small")
+    plt.savefig(args.out_dir / "curve.png", dpi=150, bbox_inches="tight")
 
 
-def picture(args):
-    """Draws ten images of each set, the sets one above the other; the rows differ in one thing."""
-    if args.passes:
-        rows = {f"{n} pass" + "es" * (n > 1): (n, ddpm.guidance) for n in args.passes}
-    else:
-        rows = {f"guidance {g:g}": (ddpm.n_epochs, g) for g in args.guidance}
-    figure, _ = plt.subplots(len(args.sets), figsize=(7, 0.6 * len(args.sets) * len(rows)))
-    for ax, name in zip(figure.axes, args.sets, strict=True):
-        images = []
-        for n_passes, guidance in rows.values():
-            how = {"guidance": guidance, "sample_steps": 100, "SEED": args.seed, "gif_name": None}
-            model = after(n_passes, name, args)
-            images.append(quietly(ddpm.generate_new_images, model, 10, **how))
-        grid = ddpm.tile(torch.cat(images), gap=1)
-        ax.imshow(grid, "gray", vmin=0, vmax=255, interpolation="nearest")
-        ax.set_yticks([14.5 + 29 * i for i in range(len(rows))], rows)
-        ax.set_xticks([])
-        ax.tick_params(length=0)
-    figure.tight_layout()
-    ddpm.show_figure(args.out_dir / ("passes.png" if args.passes else "guidance.png"))
+def pictures(args):
+    """Draws ten images of each set, in a row for each number of epochs."""
+    rows = {}
+    for name in args.sets:
+        for n in args.epochs:
+            how = {"sample_steps": 100, "gif_name": None}
+            images = quietly(ddpm.generate_new_images, after(n, name, args), 10, **how)
+            rows[f"{n} epoch" + "s" * (n > 1), name] = images
+    names = [epochs for epochs, _ in rows]
+    title = "The same noise, after so many epochs of training"
+    ddpm.show_images(torch.cat([*rows.values()]), title, args.out_dir / "epochs.png", names)
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="Measure what each idea is worth, each pass.")
-    parser.add_argument("sets", nargs="*", default=["mnist", "fashion"], help="mnist, fashion")
-    parser.add_argument("--images", type=int, default=100_000, help="in each (%(default)s)")
-    other = parser.add_mutually_exclusive_group()
-    other.add_argument("--passes", type=int, nargs="+", help="compare these numbers of passes")
-    other.add_argument("--guidance", type=float, nargs="+", help="draw a picture of these")
-    parser.add_argument("--n", type=int, default=2000, help="images for each FID* (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of training, drawing (%(default)s)")
-    parser.add_argument("--no-full-chain", action="store_true", help="leave it out: it takes long")
+    parser = argparse.ArgumentParser(description="Measure what each idea is worth, each epoch.")
+    parser.add_argument("sets", nargs="*", default=list(SETS), help="mnist, fashion")
+    parser.add_argument("--images", type=int, default=64_000, help="in each (%(default)s)")
+    parser.add_argument("--epochs", type=int, nargs="+", help="compare these numbers of epochs")
+    parser.add_argument("--n", type=int, default=1000, help="images for each FID* (%(default)s)")
     parser.add_argument("--out-dir", type=Path, default=OUTPUTS, help="of the pictures")
-    text = "where --passes finds <set>_<passes>.pt, and keeps what it trains (%(default)s)"
-    parser.add_argument("--weights-dir", type=Path, default=OUTPUTS / ".passes", help=text)
+    text = "where --epochs finds <set>_<epochs>.pt, and keeps what it trains (%(default)s)"
+    parser.add_argument("--weights-dir", type=Path, default=OUTPUTS / ".epochs", help=text)
     args = parser.parse_args(argv)
-    if not set(args.sets) <= {"mnist", "fashion"}:
+    if not set(args.sets) <= set(SETS):
         parser.error("the sets are mnist and fashion")
     args.out_dir.mkdir(parents=True, exist_ok=True)
-    if args.passes:
+    if args.epochs:
         curves(args)
-    if args.passes or args.guidance:
-        picture(args)
+        pictures(args)
     else:
         for name in args.sets:
             ablate(name, args)

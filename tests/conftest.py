@@ -64,11 +64,9 @@ def images(digits):
 def train(digits, tmp_path):
     """train(n_epochs, ...) -> MyDDPM trained on some digits, its losses and its weights' path."""
 
-    def train(
-        n_epochs=1, network=None, data=digits[:100], optim=None, batch_size=50, model=None, **how
-    ):
+    def train(n_epochs=1, network=None, data=digits[:100], optim=None, batch_size=50, **how):
         torch.manual_seed(0)
-        model = model or ddpm.MyDDPM(network or ddpm.MyUNet())
+        model = how.pop("model", None) or ddpm.MyDDPM(network or ddpm.MyUNet())
         loader = DataLoader(TensorDataset(*data), batch_size, shuffle=True)
         optim = optim or ddpm.Muon(model.network.parameters(), 0.02)
         path = tmp_path / "weights.pt"
@@ -96,7 +94,7 @@ SERVER.set_forkserver_preload(["conftest"])
 
 
 def error_lines(stderr):
-    """-> the lines (list) of a process's stderr (bytes) that are left when progress bars are gone."""
+    """-> the lines (list) of a process's stderr (bytes), without progress bars."""
     text = re.sub(r"\x1b\[A|[^\n]*\r", "", stderr.decode())
     return [line for line in text.split("\n") if line.strip() and "%|" not in line]
 

@@ -230,13 +230,13 @@ class Judge:
         print(f"\n{NAMES[fashion]}: {n:,} images a row, against as many {what} images\n")
         print(f"{'images':28}" + "".join(f"{name:>10}" for name in COLUMNS))
         floor = in_turn(train_labels, n)
-        self.row("training images", self.train[floor], train_labels[floor], skip=["nearest"])
+        found = self.row("training images", self.train[floor], train_labels[floor], ["nearest"])
+        self.floor = found["FID*"]
         if not held_out:
-            skip = ["FID*"]
-            self.row("test images", test[chosen], test_labels[chosen], skip=skip)
+            self.row("test images", test[chosen], test_labels[chosen], ["FID*"])
 
     @torch.no_grad()
-    def row(self, name, images, labels, seconds=None, skip=()):
+    def row(self, name, images, labels, skip=(), seconds=None):
         """Prints a row for images (n, 28, 28) uint8 of the classes `labels` (n,). -> its cells."""
         feats = features(self.net, images)
         found = {"other": other_class(self.net, feats, labels)}
@@ -276,7 +276,7 @@ def main(argv=None):
             images = draw(model, args.n, **how)
             seconds = clock() - start
             name = f"{path.stem} {steps} steps x{guidance:g}"
-            judges[fashion].row(name, images, torch.arange(args.n) % 10, seconds)
+            judges[fashion].row(name, images, torch.arange(args.n) % 10, seconds=seconds)
     print(LEGEND)
 
 

@@ -200,8 +200,8 @@ def test_bad_flags(copied):
 
 
 def test_weights_that_are_none(copied, monkeypatch):
-    """Missing, empty, cut off, damaged, a list, code to run, another network's, a folder; a training
-    which that folder is in the way of keeps what it has learned."""
+    """Missing, empty, cut off, damaged, a list, code to run, another network's, a folder; a
+    training which that folder is in the way of keeps what it has learned."""
 
     class Bomb:
         def __reduce__(self):
