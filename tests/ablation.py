@@ -94,7 +94,6 @@ CHANGED = {
     "t uniform, weight: error of v": {"loss": partial(denoising_loss, density=False, of_v=True)},
     "Muon, rate 0.005": {"lr": 5e-3},
     "Muon, rate 0.02": {"lr": 2e-2},
-    "Adam, rate 0.002": {"optimizer": torch.optim.Adam, "lr": 2e-3},
     "Adam, rate 0.004": {"optimizer": torch.optim.Adam, "lr": 4e-3},
     "Adam, rate 0.008": {"optimizer": torch.optim.Adam, "lr": 8e-3},
     "Adam, rate 0.016": {"optimizer": torch.optim.Adam, "lr": 16e-3},
