@@ -53,8 +53,8 @@ def copied(whole_run, tmp_path):
     return tmp_path
 
 
-def test_a_run_writes_weights_and_pictures(whole_run, digits):
-    """The first batch is of the images asked for; a picture's colours may cost a grey level."""
+def test_a_run_writes_weights_and_pictures(whole_run):
+    """A picture's colours may cost a grey level."""
     assert sorted(contents(whole_run)) == sorted(DRAWN + TRAINED)
     path = whole_run / "out" / "mnist"
     assert_drawn(path, SEED=3)
@@ -63,16 +63,13 @@ def test_a_run_writes_weights_and_pictures(whole_run, digits):
     for n in (10, 100):
         grid = ddpm.tile(images[:n], gap=1)
         np.testing.assert_allclose(grid_of(f"{path}_{n}.png", grid.shape), grid, atol=1)
-    grid, known = grid_of(f"{path}_first_batch.png", (291, 291)), digits.tensors[0][:200, 0]
-    for row, column in itertools.product(range(1, 291, 29), repeat=2):
-        found = torch.from_numpy(grid[row : row + 28, column : column + 28] / 127.5 - 1)
-        assert (known - found).abs().amax((1, 2)).min() < 0.02
     text = (whole_run / "stdout").read_text()
     assert "cpu" in text and f"{sum(p.numel() for p in ddpm.MyUNet().parameters()):,}" in text
     assert re.findall(r"epoch (\d): 0\.\d+", text) == ["1", "2", "3"]
 
 
-def test_pictures_show_the_batch_that_training_begins_with(tmp_path, monkeypatch):
+def test_pictures_show_the_batch_that_training_begins_with(tmp_path, monkeypatch, digits):
+    """It is of the images asked for, as is all that training sees."""
     seen, denoising_loss = [], ddpm.denoising_loss
 
     def loss_that_is_seen(model, x0, label):
@@ -85,6 +82,8 @@ def test_pictures_show_the_batch_that_training_begins_with(tmp_path, monkeypatch
     np.testing.assert_allclose(first, ddpm.tile(seen[0], gap=1), atol=1)
     forward = grid_of(tmp_path / "mnist_forward.png", (175, 291))
     np.testing.assert_allclose(forward[:29], first[:29], atol=1)
+    known = set(map(bytes, digits[:200][0].numpy()))
+    assert {bytes(image) for batch in seen for image in batch.numpy()} == known
 
 
 def test_from_the_shell(tmp_path):
