@@ -92,7 +92,7 @@ def test_from_the_shell(tmp_path):
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in how.items()]
     flags += [*SMALL, "--fashion", "--no-watch", "--out-dir=Größe"]
     command = [sys.executable, "-", *flags, f"--data-dir={ROOT / 'datasets'}"]
-    env = os.environ | {"PYTHONIOENCODING": "ascii", "MPLBACKEND": "tkagg", "DISPLAY": ":99"}
+    env = os.environ | {"PYTHONIOENCODING": "ascii", "MPLBACKEND": "module://gone"}
     source = (ROOT / "ddpm.py").read_bytes()
     subprocess.run(command, cwd=tmp_path, env=env, input=source, check=True)
     assert_drawn(tmp_path / "Größe" / "fashion", SEED=3, **how)
@@ -156,10 +156,11 @@ def test_a_flag_has_the_same_effect_wherever_it_is_set(tmp_path, monkeypatch, ca
         read_flags(["--help"])
     shown, cell = capsys.readouterr().out, source.split("\n# %% Flags")[1].split("\n\n\n")[0]
     assert all(line in shown for line in re.findall(r"(?m)^\w+ = .+  # .+$", cell))
-    changed = source.replace("# %%", "# In[1]:").replace("resume =", "train, help = 1, 3\nresume =")
-    path.write_text(changed + "train = True\n")
+    path.write_text(
+        re.sub("(?m)^# %%", "# In[1]:", source) + "train, no_train, help = True, False, 3\n"
+    )
     read_flags = runpy.run_path(str(path))["read_flags"]
-    assert read_flags(["--no-train"]).no_train and not read_flags(["--no-train"]).fashion
+    assert read_flags(["--no-train"]).no_train and read_flags(["--no-train"]).train
     with pytest.raises(SystemExit):
         read_flags(["-h"])
     assert "usage" in capsys.readouterr().out
@@ -223,12 +224,12 @@ def test_weights_that_are_none(copied, monkeypatch):
     assert len(program(copied, *SMALL, status=1)) == 1 and contents(copied)["mnist.pt.training"]
 
 
-def signal_at_store(number, signum):
+def signal_at_store(number, signum, name=".pt.training"):
     """Lets the signal arrive just before what is stored gets its name, first before all epochs."""
     stores = itertools.count(1)
 
     def watch(event, arguments):
-        stored = event == "os.rename" and str(arguments[1]).endswith(".pt.training")
+        stored = event == "os.rename" and str(arguments[1]).endswith(name)
         if stored and next(stores) == number:
             os.kill(os.getpid(), signum)
 
@@ -249,7 +250,9 @@ def test_stopped_and_resumed_is_as_never_stopped(tmp_path, whole_run):
     program(tmp_path, "--no-train")
     assert contents(tmp_path)["mnist.pt"] == finished
     assert_drawn(tmp_path / "out" / "mnist")
-    for flag, epochs in ("--resume", ["1", "2", "3"]), ("--resume", ["3"]), ("--no-train", []):
+    kill = partial(signal_at_store, 1, signal.SIGKILL, "mnist.pt")  # after the last epoch
+    program(tmp_path, *SMALL, "--resume", status=-signal.SIGKILL, prepare=kill)
+    for flag, epochs in ("--resume", ["2", "3"]), ("--resume", ["3"]), ("--no-train", []):
         for name in DRAWN:
             (tmp_path / "out" / name).unlink()
         program(tmp_path, *SMALL, flag)
