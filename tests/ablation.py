@@ -151,12 +151,12 @@ class Table:
         dataset = ddpm.load_data(name == "fashion")
         self.held_out = [part.to(DEVICE) for part in dataset[others]]
         self.dataset = TensorDataset(*dataset[learned])
-        print(f"\n{first:36}" + "".join(f"{column:>16}" for column in COLUMNS))
+        print(f"\n{first:36}" + "".join(f"{column:>20}" for column in COLUMNS))
 
     def row(self, name, *found):
         """Prints a cell for each of COLUMNS, of all that was found, or a dash."""
         cells = [", ".join(f"{each[key]:.4g}" for each in found if key in each) for key in COLUMNS]
-        print(f"{name:36}" + "".join(f"{cell or '-':>16}" for cell in cells), flush=True)
+        print(f"{name:36}" + "".join(f"{cell or '-':>20}" for cell in cells), flush=True)
 
     def train(self, name, n_images, **recipe):
         """Trains a model with each of two seeds, and prints their row."""

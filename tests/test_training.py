@@ -128,10 +128,13 @@ def test_any_network_learns_and_draws(make, train, digits):
     assert torch.equal(drawn[0], drawn[1]) and torch.equal(drawn[0], drawn[2])
 
 
-def test_training_again_and_again_without_a_seed(images, tmp_path):
+def test_training_again_and_again_without_a_seed(images, tmp_path, monkeypatch):
     """As a cell is, on images of another shape; they all count, and none of those in pictures. The
-    rate is 0: each epoch has other noise."""
+    rate is 0: each epoch has other noise. Flags count in main only: here a forgotten argument of
+    the same name would silently be one."""
     network, path, losses = Network(), tmp_path / "a.pt", []
+    for name in re.findall(r"(?m)^(\w+) = .+  # ", (ROOT / "ddpm.py").read_text()):
+        monkeypatch.setattr(ddpm, name, object())
     loader = DataLoader(TensorDataset(images.reshape(25, 4, 14, 56)), 10)
     optim = torch.optim.SGD(network.parameters(), 0.0)
     torch.seed()
@@ -142,6 +145,7 @@ def test_training_again_and_again_without_a_seed(images, tmp_path):
     assert sum(len(x) for x, _, _, training in network.calls if training) == 9 * 2 * 25
     assert ddpm.load_model(path, network=network).image_chw == (4, 14, 56)
     assert path.with_name("a.pt.png").exists()
+    ddpm.generate_new_images(model, 2, sample_steps=3, gif_name=tmp_path / "a.gif")
 
 
 def test_what_fails_leaves_the_old_weights(train, digits):
@@ -194,11 +198,3 @@ def test_a_training_goes_on_only_if_it_can_be_what_was_meant(train, digits, caps
     for n_epochs in (4, 6):  # there is nothing left to do, and then there is
         more = train(n_epochs, resume=True)[1]
         assert len(more) == n_epochs and more[:4] == losses
-
-
-def test_flags_count_in_main_only(train, monkeypatch, tmp_path):
-    """Elsewhere a forgotten argument of the same name would silently be a flag."""
-    for name in re.findall(r"(?m)^(\w+) = .+  # ", (ROOT / "ddpm.py").read_text()):
-        monkeypatch.setattr(ddpm, name, object())
-    model, *_ = train(display=True)
-    ddpm.generate_new_images(model, 2, sample_steps=3, gif_name=tmp_path / "a.gif")
