@@ -69,7 +69,7 @@ def compare(name, args):
     for way, (replaced, how) in (WAYS | (ALL_STEPS if args.all_steps else {})).items():
         for guidance in (1, ddpm.guidance):
             start = clock()
-            with mock.patch.multiple(ddpm, **replaced):
+            with mock.patch.dict(vars(ddpm), replaced):
                 images = draw(model, args.n, guidance=guidance, **how)
             labels = torch.arange(args.n) % 10
             judge.row(f"{way} x{guidance:g}", images, labels, seconds=clock() - start)
