@@ -128,7 +128,7 @@ def errors(args):
     for color, name in enumerate(args.sets):
         model = ddpm.load_model(OUTPUTS / f"{name}.pt", DEVICE)
         for train, style in ((False, "-"), (True, ":")):
-            found = errors_of(model, *some(name, train, 2000), steps)
+            found = errors_of(model, *some(name, train, 1000), steps)
             kind = "training" if train else "test"
             label = f"{SETS[name]}, {kind} images"
             ax.semilogy(steps, found, f"C{color}{style}", label=label)
