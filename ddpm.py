@@ -302,7 +302,7 @@ class Muon(torch.optim.Optimizer):
                 if p.grad is None:
                     continue
                 mean = self.state[p].setdefault("mean", torch.zeros_like(p))
-                mean.lerp_(p.grad, 0.05)
+                mean.lerp_(p.grad, 0.05)  # the momentum is 0.95
                 ahead = p.grad.lerp(mean, 0.95)  # Nesterov's momentum
                 update = orthogonalize(ahead.reshape(len(p), -1))
                 p.sub_(group["lr"] * update.view_as(p))
@@ -389,7 +389,7 @@ def show_losses(losses, path=None):
 
 # %% Sampling: new images
 def labels_to_draw(ddpm, n_samples, label, guidance, sample_steps, variance):
-    """-> labels (n_samples,), after a look at all arguments. ValueError: one makes no sense."""
+    """-> labels (n_samples,). Raises ValueError if any of the arguments makes no sense."""
     require(n_samples >= 1 and sample_steps >= 1, "n_samples and sample_steps must be at least 1")
     require(0 <= guidance <= 100, f"guidance must be from 0 to 100, not {guidance}")
     require(variance in (1, 2), f"variance must be 1 (beta) or 2 (beta-tilde), not {variance}")
