@@ -1,5 +1,6 @@
 """What the tests share: real images, a short training, the program in a process of its own."""
 
+import itertools
 import multiprocessing
 import os
 import re
@@ -123,13 +124,20 @@ def frames_of(path):
         return [(np.array(frame.convert("L")), frame.info["duration"]) for frame in frames]
 
 
-def grid_of(path, shape):
-    """-> the grid (height, width) in a figure: black gaps are its last row and its last column."""
+def shows(path, grid, height=None):
+    """-> whether a figure shows this grid, or one of so many rows that begins with it.
+
+    Black gaps are the last row and column. Matplotlib may put a pixel one aside, a grey level off.
+    """
     with Image.open(path) as picture:
-        pixels = np.array(picture.convert("L"))
+        pixels = np.array(picture.convert("L")).astype(int)
     bottom = np.flatnonzero((pixels < 64).any(1))[-1]
-    columns = np.flatnonzero(pixels[bottom] < 64)
-    top = np.flatnonzero(pixels[:bottom, columns[-1]] >= 64)[-1] + 1
-    box = pixels[top : bottom + 1, columns[0] : columns[-1] + 1]
-    rows, columns = ((np.arange(n) + 0.5) * m / n for n, m in zip(shape, box.shape, strict=True))
-    return box[np.ix_(rows.astype(int), columns.astype(int))]
+    black = np.flatnonzero(pixels[bottom] < 64)
+    top = np.flatnonzero(pixels[:bottom, black[-1]] >= 64)[-1] + 1
+    down = (bottom + 1 - top) / (height or grid.shape[0])
+    across = (black[-1] + 1 - black[0]) / grid.shape[1]
+    rows, columns = ((np.arange(n) + 0.5) * size for n, size in zip(grid.shape, (down, across)))
+    rows, columns = top + rows.astype(int), black[0] + columns.astype(int)
+    near = [(rows + y, columns + x) for y, x in itertools.product((-1, 0, 1), repeat=2)]
+    off = [np.abs(pixels[np.ix_(*place)] - grid) for place in near]
+    return np.min(off, axis=0).max() <= 1
