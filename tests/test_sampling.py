@@ -123,12 +123,16 @@ def test_on_cuda_no_value_is_waited_for():
     """Tensors here have but a device and a shape: to ask one for a value, or mix devices, fails."""
     model = ddpm.MyDDPM(ddpm.MyUNet())
     with FakeTensorMode(allow_non_fake_inputs=False):
+        x, label = torch.empty(6, 1, 28, 28, device="cuda"), torch.zeros(6, device="cuda").long()
+        try:
+            x[label]
+        except RuntimeError:
+            pytest.skip("in this version of torch only a GPU can index such tensors")
         for part, kept in itertools.product(model.modules(), ("_parameters", "_buffers")):
             for name, tensor in getattr(part, kept).items():
                 if tensor is not None:
                     how = {"dtype": tensor.dtype, "device": "cuda"}
                     getattr(part, kept)[name] = torch.empty(tensor.shape, **how)
-        x, label = torch.empty(6, 1, 28, 28, device="cuda"), torch.zeros(6, device="cuda").long()
         weights = nn.Parameter(torch.empty(5, 2, 3, 3, device="cuda"))
         weights.grad = torch.empty_like(weights)
         ddpm.Muon([weights]).step()
