@@ -74,7 +74,7 @@ lr = 0.01  # learning rate at its peak
 n_steps = 1000  # length T of the diffusion; to draw faster, lower sample_steps instead
 min_beta = 1e-4  # variance of the noise added in the first step
 max_beta = 0.02  # variance of the noise added in the last step
-SEED = 0  # same seed, flags, threads and versions: on a CPU, the same images
+SEED = 0  # same seed, flags, threads and versions: on one CPU, the same images
 device = "cuda" if torch.cuda.is_available() else "cpu"  # cuda, cuda:1, mps, cpu
 data_dir = str(FILE.parent / "datasets")  # folder of the archives of images
 out_dir = str(FILE.parent / "outputs")  # folder of the weights and pictures
@@ -277,7 +277,7 @@ class MyUNet(nn.Module):
 
 # %% Optimizer: Muon
 def orthogonalize(matrix):
-    """U S V^T (n, m) -> about U V^T: all but the smallest of S come to between 0.7 and 1.2 [6]."""
+    """U S V^T (n, m) -> about U V^T: what is above 2 % of |S| comes to 0.7 to 1.2 [6]."""
     x = matrix / matrix.norm().clamp(min=1e-7)
     for _ in range(3):  # iterations of Newton-Schulz, of which [6] has five
         gram = x @ x.T

@@ -218,19 +218,21 @@ class Judge:
     """
 
     def __init__(self, fashion, n, held_out=False):
-        self.train, train_labels = load(fashion, train=True)
+        train, train_labels = load(fashion, train=True)
+        self.train = train
         test, test_labels = load(fashion, train=False)
-        self.net = judge_of(fashion, self.train, train_labels)
+        self.net = judge_of(fashion, train, train_labels)
         if held_out:
-            _, others = split()
-            test, test_labels = self.train[others], train_labels[others]
+            learned, others = split()
+            test, test_labels = train[others], train_labels[others]
+            train, train_labels = train[learned], train_labels[learned]
         chosen = in_turn(test_labels, n)
         self.real = features(self.net, test[chosen])
         what = "held-out training" if held_out else "test"
         print(f"\n{NAMES[fashion]}: {n:,} images a row, against as many {what} images\n")
         print(f"{'images':28}" + "".join(f"{name:>10}" for name in COLUMNS))
         floor = in_turn(train_labels, n)
-        found = self.row("training images", self.train[floor], train_labels[floor], ["nearest"])
+        found = self.row("training images", train[floor], train_labels[floor], ["nearest"])
         self.floor = found["FID*"]
         if not held_out:
             self.row("test images", test[chosen], test_labels[chosen], ["FID*"])
