@@ -64,7 +64,7 @@ watch = True  # draw ten images after each epoch, to see it learn
 n_samples = 100  # how many images to sample; the pictures show the first 100
 label = None  # draw only this class, 0 to 9; None is every class in turn
 guidance = 1.75  # how much the label counts: 0 not at all, 1 as learned, more exaggerates it
-sample_steps = 1000  # fewer are faster, and 50 nearly as good
+sample_steps = 1000  # fewer are faster, and 50 look as good
 variance = 2  # of the noise in a step back: 2 is beta-tilde; 1 is beta, if no step is left out
 # Training
 n_epochs = 10  # how often training sees each image
@@ -176,10 +176,10 @@ def reverse_process(ddpm, x, label, guidance, sample_steps, variance, generator=
 
     A step from t to an earlier s samples x_s from q(x_s given x_t and the predicted x_0), eq. 7 of
     [1] with s for t - 1 and alpha_bar_t / alpha_bar_s for alpha_t: Algorithm 2 if s is t - 1, but
-    with x_0 clipped. The variance is beta-tilde, or beta with variance=1: too much for few steps.
-    Where steps between t and s are left out [7], x_0 as predicted at t no longer fits half-way. So
-    the last two predictions are extrapolated in a straight line, over the logarithm of the
-    signal-to-noise ratio, to the middle between t and s: SDE-DPM-Solver++(2M) of [8].
+    with x_0 clipped. The variance is beta-tilde, or with variance=1 beta, often too much for few
+    steps. Where steps between t and s are left out [7], x_0 as predicted at t no longer fits
+    half-way. So the last two predictions are extrapolated in a straight line, over the logarithm of
+    the signal-to-noise ratio, to the middle between t and s: SDE-DPM-Solver++(2M) of [8].
     """
     alpha_bars = [*ddpm.alpha_bars.tolist(), 1.0]  # the last is that of x_0, at "step" -1
     log_snr = [math.log(a_t / (1 - a_t)) for a_t in alpha_bars[:-1]]

@@ -94,6 +94,8 @@ CHANGED = {
     "t uniform, weight: error of v": {"loss": partial(denoising_loss, density=False, of_v=True)},
     "Muon, rate 0.005": {"lr": 5e-3},
     "Muon, rate 0.02": {"lr": 2e-2},
+    "Adam, rate 0.001": {"optimizer": torch.optim.Adam, "lr": 1e-3},
+    "Adam, rate 0.002": {"optimizer": torch.optim.Adam, "lr": 2e-3},
     "Adam, rate 0.004": {"optimizer": torch.optim.Adam, "lr": 4e-3},
     "Adam, rate 0.008": {"optimizer": torch.optim.Adam, "lr": 8e-3},
     "Adam, rate 0.016": {"optimizer": torch.optim.Adam, "lr": 16e-3},
@@ -256,7 +258,7 @@ def pictures(args):
             images = quietly(ddpm.generate_new_images, after(n, name, args), 10, **how)
             rows[f"{n} epoch" + "s" * (n > 1), name] = images
     names = [epochs for epochs, _ in rows]
-    title = "The same noise, after so many epochs of training"
+    title = "The same noise, after trainings of so many epochs"
     ddpm.show_images(torch.cat([*rows.values()]), title, args.out_dir / "epochs.png", names)
 
 
