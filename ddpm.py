@@ -277,7 +277,7 @@ class MyUNet(nn.Module):
 
 # %% Optimizer: Muon
 def orthogonalize(matrix):
-    """U S V^T (n, m) -> about U V^T: what is above 2 % of |S| comes to 0.7 to 1.2 [6]."""
+    """U S V^T (n, m) -> about U V^T: of S, what is above 2 % of its norm comes to 0.7 to 1.2 [6]."""
     x = matrix / matrix.norm().clamp(min=1e-7)
     for _ in range(3):  # iterations of Newton-Schulz, of which [6] has five
         gram = x @ x.T

@@ -49,7 +49,7 @@ WAYS = {
     "25 steps, as it is": ({}, {"sample_steps": 25}),
     "25, no extrapolation": ({"reverse_process": torch.no_grad()(ddim)}, {"sample_steps": 25}),
     "25, steps evenly spaced": ({"falling_steps": evenly}, {"sample_steps": 25}),
-    "25, deterministic (DDIM)": (
+    "25, DDIM (first order)": (
         {"reverse_process": torch.no_grad()(partial(ddim, eta=0.0))},
         {"sample_steps": 25},
     ),

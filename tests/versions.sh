@@ -10,10 +10,10 @@ git clone -q . "$folder/clone"
 cd "$folder/clone"
 sed 's/>=/==/' requirements.txt > "$folder/oldest"
 touch "$folder/newest"
-for set in 3.10-newest 3.11-newest 3.12-newest 3.13-newest 3.10-oldest; do
-    echo "Python $set"
-    "python${set%-*}" -m venv --clear .venv
-    .venv/bin/pip install -q -r tests/requirements.txt -c "$folder/${set#*-}"
+for each in 3.10-newest 3.11-newest 3.12-newest 3.13-newest 3.10-oldest; do
+    echo "Python $each"
+    "python${each%-*}" -m venv --clear .venv
+    .venv/bin/pip install -q -r tests/requirements.txt -c "$folder/${each#*-}"
     .venv/bin/python -m pytest -q -rs tests -W ignore || status=1
 done
 exit "${status:-0}"
